@@ -1,0 +1,8 @@
+"""Tests run from anywhere: the six scripts are one folder up."""
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
