@@ -1,0 +1,794 @@
+"""Stage 1, squeeze: train the teacher, then take the real set's statistics (FFC and FLC of every layer) in one pass.
+
+    python squeeze.py                                                 toy images, drawn by the program; a minute
+    python squeeze.py --dataset cifar10 --network convnet --epochs 16 an hour on two CPU cores, a minute on a GPU
+    python squeeze.py --dataset tiny                                  the paper's settings for Tiny-ImageNet, one GPU
+
+Writes runs/<dataset>-<network>/ with teacher.pt, statistics.pt, config.json and log.jsonl; the other stages find it
+there. Being the first stage, this file also owns what all stages must agree on, in this order: errors and flags, data
+sets, networks, run folders. The training loop and the statistics pass are at the end.
+"""
+import argparse
+import ctypes
+import hashlib
+import json
+import math
+import os
+import pickle
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision import transforms as T
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, make_dataset
+from torchvision.datasets.utils import download_and_extract_archive
+
+import spectral
+
+# One row a data set. The first block is what it is; `squeeze` is how its teacher is trained (paper, Tables 9-12; toy
+# is ours). Mean and deviation live here and in teacher.pt, nowhere else: every stage normalises with the teacher's.
+IMAGENET = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+PRESETS = {
+    "toy": dict(mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25], size=32, network="convnet",
+                squeeze=dict(epochs=4, lr=0.05, wd=5e-4, batch=50, schedule="cosine", augment="crop")),
+    "cifar10": dict(mean=[0.4914, 0.4822, 0.4465], std=[0.2470, 0.2435, 0.2616], size=32, network="resnet18",
+                    squeeze=dict(epochs=200, lr=0.1, wd=5e-4, batch=128, schedule="cosine", augment="crop")),
+    "cifar100": dict(mean=[0.5071, 0.4865, 0.4409], std=[0.2673, 0.2564, 0.2762], size=32, network="resnet18",
+                     squeeze=dict(epochs=100, lr=0.1, wd=5e-4, batch=128, schedule="cosine", augment="crop")),
+    "tiny": dict(mean=[0.4802, 0.4481, 0.3975], std=[0.2770, 0.2691, 0.2821], size=64, network="resnet18",
+                 squeeze=dict(epochs=50, lr=0.2, wd=1e-4, batch=256, schedule="cosine", augment="resized")),
+    "imagenet": dict(**IMAGENET, size=224, network="resnet18",
+                     squeeze=dict(epochs=90, lr=0.1, wd=1e-4, batch=256, schedule="step", augment="resized")),
+    "folder": dict(**IMAGENET, size=224, network="resnet18",
+                   squeeze=dict(epochs=90, lr=0.1, wd=1e-4, batch=256, schedule="cosine", augment="resized")),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors and flags
+
+class BadInput(ValueError):
+    """Something the user can mend. The message is one line: the flag or file, what was found, what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors as one line and exit code 1 like all others."""
+
+    def error(self, message):
+        raise BadInput(f"{message} (see --help)")
+
+
+def number(kind, low, strict=False):
+    """An argparse type: an int or float that is >= low (> low if strict)."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of type {kind.__name__}") from None
+        if not math.isfinite(value) or value < low or (strict and value == low):
+            raise argparse.ArgumentTypeError(f"{text} found, must be {'>' if strict else '>='} {low}")
+        return value
+    return parse
+
+
+def script(main):
+    """Run a stage's main(): a BadInput becomes one line on stderr and exit code 1."""
+    keep_freed_memory()
+    try:
+        main(sys.argv[1:])
+    except BadInput as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{Path(sys.argv[0]).name}: interrupted; the same command with --resume goes on")
+
+
+def keep_freed_memory():
+    """Ask glibc to keep freed blocks. By default every large activation is handed back to the kernel and faulted in
+    again, page by page, at each step: 40 % of a ConvNet training step on a CPU. Elsewhere than on Linux: nothing."""
+    if sys.platform == "linux":
+        try:
+            libc = ctypes.CDLL("libc.so.6")
+        except OSError:                                    # musl
+            return
+        libc.mallopt(-4, 0)                                # M_MMAP_MAX: no block comes from mmap
+        libc.mallopt(-1, 2**31 - 1)                        # M_TRIM_THRESHOLD: the heap is never trimmed
+
+
+def pick_device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def peak_memory(device):
+    """Peak memory of this process in MB: CUDA's counter on a GPU, the resident set otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    import resource                                        # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets
+
+class Split(NamedTuple):
+    images: object          # uint8 [n, 3, S, S] in memory, or a list of n file names that are read when needed
+    labels: torch.Tensor    # int64 [n]
+
+
+class Data(NamedTuple):
+    name: str
+    classes: list           # K class names; a label is an index into this list, in every stage
+    size: int               # S, pixels
+    train: Split
+    test: Split
+    sha256: str             # of the training images and labels
+
+
+def toy(per_class, classes, seed, size=32):
+    """Draw toy images. Class k is a pair: colour layout k // 2 (low frequency) and stripe direction k % 2 (high).
+
+    The two classes of a pair have the same colours and differ in a texture of 4 pixels' period only, so whoever keeps
+    just the low frequencies has to guess between them. Layouts overlap too: each image bends its layout, shifts the
+    phase and strength of its stripes, and adds pixel noise. Returns uint8 [n, 3, S, S], int64 [n]; order: class by
+    class.
+    """
+    layouts = np.random.default_rng([1234, classes]).random(((classes + 1) // 2, 3, 3, 3), dtype=np.float32)
+    rng = np.random.default_rng([seed, classes])
+    grid = torch.arange(size, dtype=torch.float32)
+    images, labels = [], torch.arange(classes).repeat_interleave(per_class)
+    for k in range(classes):
+        bend = 0.3 * rng.standard_normal((per_class, 3, 3, 3), dtype=np.float32)
+        coarse = torch.from_numpy(0.2 + 0.6 * layouts[k // 2] + bend)
+        coarse = F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True)
+        phase, strength = torch.from_numpy(rng.random((2, per_class, 1), dtype=np.float32))
+        wave = (0.03 + 0.1 * strength) * torch.sin(2 * math.pi * (grid / 4 + phase))
+        wave = wave[:, None, None, :] if k % 2 else wave[:, None, :, None]
+        noise = torch.from_numpy(rng.standard_normal((per_class, 3, size, size), dtype=np.float32))
+        images.append(((coarse + wave + 0.12 * noise).clamp(0, 1) * 255).round().to(torch.uint8))
+    return torch.cat(images), labels
+
+
+def load_toy(root, size, classes):
+    return (*(Split(*toy(n, classes, seed)) for n,
+              seed in ((max(60, 4000 // classes), 0), (max(10, 1000 // classes), 1))),
+            [f"layout{k // 2}-{('rows', 'columns')[k % 2]}" for k in range(classes)])
+
+
+class AnyCIFAR10(CIFAR10):
+    """torchvision's CIFAR-10, but content with files of other checksums: copies that were pickled again are common."""
+    train_list = [[name, None] for name, _ in CIFAR10.train_list]
+    test_list = [[name, None] for name, _ in CIFAR10.test_list]
+    meta = {**CIFAR10.meta, "md5": None}
+
+
+class AnyCIFAR100(CIFAR100):
+    train_list = [[name, None] for name, _ in CIFAR100.train_list]
+    test_list = [[name, None] for name, _ in CIFAR100.test_list]
+    meta = {**CIFAR100.meta, "md5": None}
+
+
+def load_cifar(kind, root, per_file):
+    """(train, test, classes). Downloads when a file is missing; checks every file's shape, count and labels."""
+    folder = Path(root) / kind.base_folder
+    names = [name for name, _ in kind.train_list + kind.test_list]
+    missing = [name for name in [*names, kind.meta["filename"]] if not (folder / name).is_file()]
+    try:
+        if missing:
+            print(f"{folder}: {missing[0]} is missing: downloading {kind.url}")
+        train, test = (kind(root, train=flag, download=bool(missing)) for flag in (True, False))
+    except Exception as error:                             # what pickle and urllib raise has no common ancestor
+        for name, n in zip(names, per_file):
+            if (folder / name).is_file() and (found := count_cifar(folder / name)) != n:
+                raise BadInput(f"--data {folder / name}: {found} found, expected {n} images: remove it") from error
+        raise BadInput(f"--data {root}: {kind.base_folder}/{missing[0] if missing else kind.meta['filename']} cannot "
+                       f"be read or downloaded ({type(error).__name__}): put {kind.filename} there, unpacked"
+                       ) from error
+    n_train, K = sum(per_file) - per_file[-1], len(train.classes)
+    for part, n in ((train, n_train), (test, per_file[-1])):
+        if part.data.shape != (n, 32, 32, 3) or sorted(set(part.targets)) != list(range(K)):
+            raise BadInput(f"--data {folder}: images {part.data.shape} with {len(set(part.targets))} labels found, "
+                           f"expected ({n}, 32, 32, 3) with {K}: remove the folder and download again")
+    splits = [Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
+              for part in (train, test)]
+    return *splits, list(train.classes)
+
+
+def count_cifar(path):
+    """The number of images in a CIFAR batch file, or the word for what is wrong with it."""
+    try:
+        return len(pickle.loads(path.read_bytes(), encoding="latin1")["data"])
+    except Exception:
+        return "a truncated or damaged file"
+
+
+def image_files(root, names):
+    """(paths, labels) of root/<class>/**.{jpg, png, ...} for the class names in order; labels count from 0."""
+    found = make_dataset(str(root), {name: i for i, name in enumerate(names)}, IMG_EXTENSIONS, allow_empty=True)
+    paths, labels = [path for path, _ in found], torch.tensor([label for _, label in found], dtype=torch.long)
+    counts = torch.bincount(labels, minlength=len(names))
+    if counts.min() == 0:
+        raise BadInput(f"--data {root}: no image in class {names[int(counts.argmin())]!r}: add some or remove it")
+    return paths, labels
+
+
+def load_folder(root, size, classes):
+    """Any train/ + val/ of class folders: ImageNet as torchvision has it, or the user's own images."""
+    names = {}
+    for part in ("train", "val"):
+        names[part] = sorted(entry.name for entry in (Path(root) / part).glob("*") if entry.is_dir())
+        if not names[part]:
+            raise BadInput(f"--data {root}: no class folders in {part}/: expected {part}/<class>/<image>")
+    for name in names["val"]:
+        if name not in names["train"]:
+            raise BadInput(f"--data {root}: class {name!r} is in val/ and not in train/: remove or complete it")
+    test = [(path, names["train"].index(names["val"][label])) for path, label in
+            zip(*image_files(Path(root) / "val", names["val"]))]
+    return (Split(*image_files(Path(root) / "train", names["train"])),
+            Split([path for path, _ in test], torch.tensor([label for _, label in test])), names["train"])
+
+
+def load_tiny(root, size, classes):
+    """Tiny-ImageNet-200 as in the original zip, or a copy of it with fewer classes. Small enough to be held in
+    memory."""
+    folder = Path(root) / "tiny-imagenet-200"
+    if not folder.is_dir():
+        print(f"{folder} is missing: downloading {TINY_URL}")
+        try:
+            download_and_extract_archive(TINY_URL, root, md5=TINY_MD5)
+        except Exception as error:
+            raise BadInput(f"--data {root}: tiny-imagenet-200 cannot be downloaded ({type(error).__name__}): put "
+                           f"{TINY_URL.split('/')[-1]} there, unpacked") from error
+    names = sorted(entry.name for entry in (folder / "train").glob("*") if entry.is_dir())
+    annotations = folder / "val" / "val_annotations.txt"
+    if not names or not annotations.is_file():
+        raise BadInput(f"--data {root}: tiny-imagenet-200 has no {'val/val_annotations.txt' if names else 'train/'}: "
+                       "unpack it again")
+    rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines() if line.strip()]
+    rows = [(str(folder / "val" / "images" / file), names.index(wnid)) for file, wnid in rows if wnid in names]
+    absent = [path for path, _ in rows if not os.path.isfile(path)]
+    if absent or not rows:
+        what = f"names {absent[0]}, which is not there" if absent else "holds no image of the classes in train/"
+        raise BadInput(f"{annotations}: {what}: unpack it again")
+    return (Split(*image_files(folder / "train", names)),
+            Split([path for path, _ in rows], torch.tensor([label for _, label in rows])), names)
+
+
+TINY_URL, TINY_MD5 = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"
+LOADERS = {"toy": load_toy,
+           "cifar10": lambda root, size, classes: load_cifar(AnyCIFAR10, root, [10000] * 6),
+           "cifar100": lambda root, size, classes: load_cifar(AnyCIFAR100, root, [50000, 10000]),
+           "tiny": load_tiny, "imagenet": load_folder, "folder": load_folder}
+
+
+def load_data(name, root, size=None, classes=10):
+    """Load a data set by name. root: the folder it lies in (--data). Raises BadInput for whatever is wrong with it."""
+    if name in ("imagenet", "folder") and not Path(root).is_dir():
+        raise BadInput(f"--data {root}: no such folder; {name} needs one with train/ and val/")
+    if root != "data" and name != "toy" and not Path(root).is_dir():
+        raise BadInput(f"--data {root}: no such folder; create it to have {name} downloaded there, or name another")
+    size = size or PRESETS[name]["size"]
+    train, test, names = LOADERS[name](root, size, classes)
+    digest = hashlib.sha256(train.labels.numpy().tobytes())
+    if torch.is_tensor(train.images):
+        digest.update(train.images.numpy().tobytes())
+    else:                                                  # names and lengths: reading a million files takes an hour
+        for path in train.images:
+            digest.update(f"{os.path.relpath(path, root)} {os.path.getsize(path)}\n".encode())
+    return Data(name, names, size, train, test, digest.hexdigest())
+
+
+class Files(torch.utils.data.Dataset):
+    """Image files, decoded to RGB (grey and CMYK are converted). A file that cannot be read gets label -1 -
+    position."""
+
+    def __init__(self, split, transform):
+        self.split, self.transform = split, transform
+
+    def __len__(self):
+        return len(self.split.labels)
+
+    def __getitem__(self, i):
+        try:
+            return self.transform(default_loader(self.split.images[i])), int(self.split.labels[i])
+        except (OSError, SyntaxError,
+                ValueError):         # what PIL raises; here, since a worker cannot raise a clean line
+            return torch.zeros(3, 1, 1, dtype=torch.uint8), -1 - i
+
+
+def whole_image(size):
+    """The evaluation transform of files: the short side to 8/7 S (256 for 224; S itself up to 64 px), the centre,
+    uint8."""
+    return T.Compose([T.Resize(size if size <= 64 else round(size * 8 / 7)), T.CenterCrop(size), T.PILToTensor()])
+
+
+def stream(split, transform, batch, seed=None):
+    """Batches of a split of files through a DataLoader, shuffled if there is a seed: yields uint8 [B, 3, S, S], int64
+    [B]."""
+    def collate(items):
+        bad = [-1 - label for _, label in items if label < 0]
+        return (None, bad[0]) if bad else (torch.stack([x for x, _ in items]), torch.tensor([y for _, y in items]))
+
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    for images, labels in torch.utils.data.DataLoader(
+            Files(split, transform), batch, shuffle=seed is not None, collate_fn=collate, generator=generator,
+            num_workers=min(8, os.cpu_count()) if len(split.labels) > 1000 else 0):
+        if images is None:
+            raise BadInput(f"{split.images[labels]}: not a readable image: mend or remove it")
+        yield images, labels
+
+
+def normalise(images, mean, std):
+    """uint8 [B, 3, S, S] -> float32, zero mean and unit deviation, channels last (several times faster on CPUs)."""
+    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (mean, std))
+    return ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def batches(data, split, batch):
+    """Every image of a split once, in order, under the evaluation transform: yields uint8 [B, 3, S, S], int64 [B]."""
+    if not torch.is_tensor(split.images):
+        yield from stream(split, whole_image(data.size), batch)
+    else:
+        for i in range(0, len(split.labels), batch):
+            yield split.images[i:i + batch], split.labels[i:i + batch]
+
+
+def take(data, split, index):
+    """Images of a split by position, under the evaluation transform: uint8 [len(index), 3, S, S]."""
+    if torch.is_tensor(split.images):
+        return split.images[index]
+    chosen = Split([split.images[i] for i in index], split.labels[index])
+    return torch.cat([images for images, _ in batches(data, chosen, 100)])
+
+
+def in_memory(data, split):
+    """The split as one uint8 tensor, if it is small pictures (Tiny-ImageNet: 1.2 GB); larger ones stay files, so that
+    training can crop the originals."""
+    if torch.is_tensor(split.images) or data.size > 64:
+        return split
+    return Split(torch.cat([images for images, _ in batches(data, split, 500)]), split.labels)
+
+
+def crop_boxes(uniform, scale, ratio=(3 / 4, 4 / 3)):
+    """Random resized crops from uniform numbers [n, 4]: centre x, centre y, width, height [n, 4], as fractions of the
+    image.
+
+    Area uniform in `scale`, log aspect ratio uniform in log `ratio`, as torchvision's RandomResizedCrop; a side that
+    does not fit is cut to the image where torchvision would draw again. Drawn with NumPy, the same on every device.
+    """
+    area, shape, x, y = uniform.astype(np.float64).T
+    area, shape = scale[0] + (scale[1] - scale[0]) * area, ratio[0] * (ratio[1] / ratio[0]) ** shape
+    w, h = np.minimum(np.sqrt(area * shape), 1), np.minimum(np.sqrt(area / shape), 1)
+    return torch.from_numpy(np.stack([w / 2 + x * (1 - w), h / 2 + y * (1 - h), w, h], 1).astype(np.float32))
+
+
+def crop_grid(boxes, flips, size):
+    """The sampling grid [B, S, S, 2] of crops `boxes` [B, 4] resized to S pixels, mirrored where `flips` [B] is
+    true."""
+    x, y, w, h = boxes.unbind(1)
+    zero = torch.zeros_like(x)
+    theta = torch.stack([torch.where(flips, -w, w), zero, 2 * x - 1, zero, h, 2 * y - 1], 1).view(-1, 2, 3)
+    return F.affine_grid(theta, (len(boxes), 3, size, size), align_corners=False)
+
+
+def resample(images, grid):
+    """Bilinear values of float images [B, 3, S, S] at grid [B, S, S, 2], one batched call; channels last."""
+    out = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return out.contiguous(memory_format=torch.channels_last)
+
+
+def shifted(padded, index, rng, size):
+    """Random crops of size S and flips of images[index], from images padded beforehand: uint8 [B, 3, S, S]."""
+    B, room = len(index), padded.shape[-1] - size + 1
+    top, left, flip = (torch.from_numpy(rng.integers(0, high, (B, 1))) for high in (room, room, 2))
+    span = torch.arange(size)
+    rows, cols = top + span, left + torch.where(flip == 1, span.flip(0), span)
+    rows, cols, index = (v.to(padded.device) for v in (rows, cols, index))
+    return padded[index[:, None, None], :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+
+
+def training_batches(data, batch, augment, rng):
+    """One epoch of the training set, shuffled and augmented: yields uint8 or float (0..255) [B, 3, S, S], int64 [B].
+
+    augment: "crop", S pixels out of S + 8, or "resized", torchvision's RandomResizedCrop; both with flips. In memory
+    one batched call does it; files go through torchvision's transforms in the DataLoader's workers.
+    """
+    images, labels = data.train
+    if not torch.is_tensor(images):
+        crop = T.RandomResizedCrop(data.size) if augment == "resized" else T.RandomCrop(data.size, padding=4)
+        yield from stream(data.train, T.Compose([crop, T.RandomHorizontalFlip(), T.PILToTensor()]), batch,
+                          int(rng.integers(2**31)))
+        return
+    order = torch.from_numpy(rng.permutation(len(labels)))
+    padded = F.pad(images, (4, 4, 4, 4)) if augment == "crop" else None
+    for index in order.split(batch):
+        if augment == "crop":
+            yield shifted(padded, index, rng, data.size), labels[index]
+        else:
+            boxes, flips = crop_boxes(rng.random((len(index), 4)),
+                                      (0.08, 1)), torch.from_numpy(rng.random(len(index)) < 0.5)
+            grid = crop_grid(boxes, flips, data.size).to(images.device)
+            yield resample(images[index.to(images.device)].float(), grid), labels[index]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks
+
+def convnet(classes, size, width=128):
+    """ConvNet-128 of the distillation literature with BatchNorm: 3 blocks at 32 px, 4 at 64, 6 at 224."""
+    blocks, depth = [], max(1, round(math.log2(size)) - 2)
+    for i in range(depth):
+        blocks.append(nn.Sequential(nn.Conv2d(width if i else 3, width, 3, padding=1), nn.BatchNorm2d(width),
+                                    nn.ReLU(inplace=True), nn.AvgPool2d(2)))
+    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(width * (size >> depth) ** 2, classes))
+
+
+def resnet(name, classes, size):
+    """torchvision's ResNet; up to 64 px with a 3x3 stride-1 stem and no max-pool, else hardly a pixel would be left."""
+    network = getattr(torchvision.models, name)(num_classes=classes)
+    if size <= 64:
+        network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        network.maxpool = nn.Identity()
+    return network
+
+
+def small_stem(network, name):
+    """The stems of torchvision's other students shrink 4-fold; at 32 and 64 px that is too much, so they keep every
+    pixel."""
+    if name == "densenet121":
+        network.features.conv0, network.features.pool0 = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    elif name == "regnet_y_8gf":
+        network.stem[0] = nn.Conv2d(3, 32, 3, padding=1, bias=False)
+    else:                                                  # convnext_tiny's 4x4 patches
+        network.features[0][0] = nn.Conv2d(3, 96, 3, padding=1)
+    return network
+
+
+TEACHERS = ["convnet", "resnet18", "resnet50", "resnet101"]
+STUDENTS = TEACHERS + ["densenet121", "regnet_y_8gf", "convnext_tiny"]
+
+
+def build_network(name, classes, size):
+    """A network with random weights, channels last. classes: K."""
+    if name == "convnet":
+        network = convnet(classes, size)
+    elif name.startswith("resnet"):
+        network = resnet(name, classes, size)
+    else:
+        network = getattr(torchvision.models, name)(num_classes=classes)
+        network = small_stem(network, name) if size <= 64 else network
+    return network.to(memory_format=torch.channels_last)
+
+
+def autocast(device):
+    """bfloat16 on CUDA; statistics leave it again (spectral.py)."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+
+
+@torch.no_grad()
+def accuracy(network, data, mean, std, device, batch=500):
+    """Top-1 accuracy in % on the test split, under the evaluation transform."""
+    network.eval()
+    right = 0
+    for images, labels in batches(data, data.test, batch):
+        with autocast(device):
+            guess = network(normalise(images.to(device), mean, std)).argmax(1)
+        right += (guess == labels.to(device)).sum()
+    return 100 * right.item() / len(data.test.labels)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run folders: config.json (settings, versions, hashes), log.jsonl (a line an epoch or batch) and the artefacts.
+# Artefacts are written under a temporary name and renamed: if one exists, it is whole.
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save(path, content):
+    """torch.save for a .pt, JSON for a .json; atomic."""
+    temporary = path.with_name(path.name + ".tmp")
+    if path.suffix == ".json":
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    else:
+        torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def log(folder, **entry):
+    with open(folder / "log.jsonl", "a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def read_config(folder, stage, unfinished=False):
+    """config.json of a run of `stage`; of a finished one, unless `unfinished` ones will do."""
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        found = config["stage"]
+    except FileNotFoundError:
+        raise BadInput(f"{folder}: no config.json, so no run of {stage}.py: check the path") from None
+    except (ValueError, KeyError, TypeError):
+        raise BadInput(f"{path}: damaged: remove the folder and run {stage}.py again") from None
+    if found != stage:
+        raise BadInput(f"{folder}: a run of {found}.py, expected one of {stage}.py")
+    if not config["artefacts"] and not unfinished:
+        raise BadInput(f"{folder}: unfinished: run {stage}.py again with --resume")
+    return config
+
+
+def checked(folder, name, config):
+    """The path of an artefact of a run folder, after checking it against the hash in its config."""
+    path = Path(folder) / name
+    if not path.is_file():
+        raise BadInput(f"{path}: missing: run {config['stage']}.py again")
+    if (found := sha256(path)) != config["artefacts"][name]:
+        raise BadInput(f"{path}: corrupted, sha256 {found[:12]} found, {config['artefacts'][name][:12]} recorded in "
+                       f"config.json: run {config['stage']}.py again")
+    return path
+
+
+def load(folder, name, config):
+    """A .pt artefact of a run folder, checked; on the CPU."""
+    return torch.load(checked(folder, name, config), weights_only=True, map_location="cpu")
+
+
+def open_run(folder, stage, settings, inputs, resume):
+    """Start a run folder, or continue one where --resume was given: returns its config.
+
+    settings: every resolved flag; inputs: {what: sha256}. A folder made with other settings or inputs is refused, and
+    so is a non-empty one without --resume: nothing is overwritten silently.
+    """
+    path = folder / "config.json"
+    if folder.is_dir() and any(folder.iterdir()):
+        if not resume:
+            raise BadInput(f"{folder}: in use: add --resume to continue what is there, or remove the folder")
+        config = json.loads(path.read_text()) if path.is_file() else {"stage": None}
+        if config["stage"] != stage:
+            raise BadInput(f"--resume {folder}: not a run of {stage}.py: remove it or use another folder")
+        for now, then in ((settings, config["settings"]), (inputs, config["inputs"])):
+            for key in now:
+                if now[key] != then.get(key):
+                    raise BadInput(f"--resume {folder}: {key} is {now[key]!r} now and was {then.get(key)!r}: give the "
+                                   f"same, or remove the folder")
+        return config
+    folder.mkdir(parents=True, exist_ok=True)
+    config = dict(stage=stage, settings=settings, inputs=inputs, artefacts={}, results={},
+                  versions=dict(python=sys.version.split()[0], torch=torch.__version__,
+                                torchvision=torchvision.__version__,
+                                numpy=np.__version__))
+    save(path, config)
+    return config
+
+
+def finish_run(folder, config, artefacts, **results):
+    """Record the hashes of the artefacts and the results: from now on the run counts as finished."""
+    config["artefacts"].update({name: sha256(folder / name) for name in artefacts})
+    config["results"].update(results)
+    save(folder / "config.json", config)
+
+
+def resolve(args, preset):
+    """Flags left out take the data set's preset; a flag given always wins. Prints and returns the resolved settings."""
+    settings = {key: preset.get(key) if value is None else value for key, value in vars(args).items()
+                if key != "resume"}
+    print("settings: " + " ".join(f"{key}={value}" for key, value in settings.items()))
+    return settings
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stage
+
+def train(network, data, preset, s, folder, device):
+    """SGD with momentum on the real set; checkpoint.pt after each epoch, so a kill costs at most one. Returns
+    accuracy."""
+    mean, std = preset["mean"], preset["std"]
+    optimizer = torch.optim.SGD(network.parameters(), s["lr"], momentum=0.9, weight_decay=s["wd"])
+    steps = math.ceil(len(data.train.labels) / s["batch"])
+    rate = (lambda k: (1 + math.cos(math.pi * k / (s["epochs"] * steps))) / 2) if s["schedule"] == "cosine" else \
+           (lambda k: 0.1 ** (k // (30 * steps)))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    first, checkpoint = 0, folder / "checkpoint.pt"
+    if checkpoint.is_file():
+        state = torch.load(checkpoint, weights_only=True, map_location=device)
+        network.load_state_dict(state["network"]), optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        first = state["epoch"]
+        print(f"resuming at epoch {first}")
+    score = None
+    for epoch in range(first, s["epochs"]):
+        rng, start, total = np.random.default_rng([s["seed"], epoch]), time.time(), torch.zeros((), device=device)
+        network.train()
+        for images, labels in training_batches(data, s["batch"], s["augment"], rng):
+            with autocast(device):
+                loss = F.cross_entropy(network(normalise(images.to(device), mean, std)), labels.to(device))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            total += loss.detach()
+        score = accuracy(network, data, mean, std, device)
+        seconds = time.time() - start
+        save(checkpoint, dict(network=network.state_dict(), optimizer=optimizer.state_dict(),
+                              scheduler=scheduler.state_dict(), epoch=epoch + 1))
+        log(folder, epoch=epoch + 1, loss=total.item() / steps, test=score, seconds=seconds)
+        print(f"epoch {epoch + 1}/{s['epochs']}  loss {total.item() / steps:.3f}  test {score:.2f} %  {seconds:.0f} s  "
+              f"{seconds * (s['epochs'] - epoch - 1) / 60:.1f} min left", flush=True)
+    return accuracy(network, data, mean, std, device) if score is None else score
+
+
+def head_name(network):
+    """The name of the last linear layer; its input is the H [B, C] of the theory."""
+    return [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
+
+
+@torch.no_grad()
+def gather_statistics(network, data, mean, std, device, batch):
+    """FFC, mean and class-wise FLC of every convolution's input, and of the last linear layer's, over the training
+    set."""
+    layers, head, start, labels = {}, head_name(network), time.time(), None
+
+    def collect(layout):
+        return lambda features: spectral.statistics(features, labels, layout)
+
+    is_head = lambda name, module: name == head
+    with spectral.collect_inputs(network, transform=collect("map")) as maps, \
+            spectral.collect_inputs(network, is_head, collect("plain")) as plain:
+        for images, index in batches(data, data.train, batch):
+            labels = F.one_hot(index, len(data.classes)).to(device)
+            with autocast(device):
+                network(normalise(images.to(device), mean, std))
+            for name, seen in {**maps, **plain}.items():
+                layers[name] = spectral.merge(layers[name], seen) if name in layers else seen
+    seconds = time.time() - start
+    print(f"statistics of {len(layers)} layers over {len(data.train.labels)} images: {seconds:.1f} s, "
+          f"{len(data.train.labels) / seconds:.0f} images/s", flush=True)
+    return {name: {key: value if key == "count" else value.float().cpu() for key, value in seen._asdict().items()}
+            for name, seen in layers.items()}, head
+
+
+def fold(network):
+    """The network in eval mode with every BatchNorm folded into the convolution before it, and no weight gradients.
+
+    The inputs of the convolutions, and so all statistics, stay what they are. Pairs are neighbours in order of
+    definition, which holds for ConvNet-128 and torchvision's ResNets.
+    """
+    network.eval().requires_grad_(False)
+    for parent in list(network.modules()):
+        children = list(parent.named_children())
+        for (first, conv), (second, norm) in zip(children, children[1:]):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                fused = nn.utils.fusion.fuse_conv_bn_eval(conv, norm)
+                setattr(parent, first, fused.requires_grad_(False).to(memory_format=torch.channels_last))
+                setattr(parent, second, nn.Identity())
+    return network
+
+
+def load_teacher(folder, device):
+    """A finished squeeze run: (folded network, teacher.pt's dict, config)."""
+    config = read_config(folder, "squeeze")
+    teacher = load(folder, "teacher.pt", config)
+    network = build_network(teacher["network"], len(teacher["classes"]), teacher["size"])
+    network.load_state_dict(teacher.pop("state_dict"))
+    return fold(network.to(device)), teacher, config
+
+
+def check_data(data, teacher, config):
+    """The data set must be the one the teacher was trained on, class by class and image by image."""
+    if data.classes != teacher["classes"]:
+        raise BadInput(f"--data: classes {data.classes[:3]}... found, the teacher's are {teacher['classes'][:3]}...: "
+                       "squeeze again")
+    if data.sha256 != config["inputs"]["data"]:
+        raise BadInput("--data: other training images than the teacher's (their sha256 differs): squeeze again")
+
+
+def ensure(folder, s, resume):
+    """Squeeze a missing teacher with its data set's settings, or the rest of an unfinished one if asked to resume."""
+    config = read_config(folder, "squeeze", resume) if folder.is_dir() else {"artefacts": {}}
+    if not config["artefacts"]:
+        flags = ["--dataset", s["dataset"], "--network", s["network"], "--data", s["data"]] + ["--resume"] * resume
+        print(f"{folder}: no finished teacher, so first: python squeeze.py {' '.join(flags)}", flush=True)
+        main(flags)
+
+
+def given_weights(network, s, device):
+    """Load --teacher FILE, or torchvision's ImageNet weights with --pretrained, instead of training."""
+    if s["pretrained"]:
+        weights = torchvision.models.get_model_weights(s["network"]).IMAGENET1K_V1
+        try:
+            state = weights.get_state_dict(progress=True, check_hash=True)
+        except Exception as error:                         # urllib's, or a broken file's
+            raise BadInput(f"--pretrained: {weights.url} cannot be fetched ({type(error).__name__}): put the file into "
+                           f"{torch.hub.get_dir()}/checkpoints") from error
+    else:
+        try:
+            state = torch.load(s["teacher"], weights_only=True, map_location="cpu")
+        except Exception as error:
+            raise BadInput(f"--teacher {s['teacher']}: not a readable state dict ({type(error).__name__})") from error
+        state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    own = network.state_dict()
+    for key in [*own, *state]:
+        shapes = [tuple(d[key].shape) if hasattr(d.get(key), "shape") else "missing" for d in (state, own)]
+        if shapes[0] != shapes[1]:
+            flag = "--pretrained" if s["pretrained"] else f"--teacher {s['teacher']}"
+            raise BadInput(f"{flag}: {key} is {shapes[0]} there and {shapes[1]} in {s['network']} for this data set: "
+                           "another architecture, input size or class count")
+    network.load_state_dict(state)
+
+
+def parse(argv):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="toy", choices=list(PRESETS), help="default: toy")
+    parser.add_argument("--data", default="data", metavar="DIR", help="where the data set lies or is downloaded to")
+    parser.add_argument("--size", type=number(int, 16), help="folder only: pixels (default 224)")
+    parser.add_argument("--classes", type=number(int, 2), default=10, help="toy only: number of classes")
+    parser.add_argument("--network", choices=TEACHERS, help="the teacher (default: convnet for toy, else resnet18)")
+    parser.add_argument("--pretrained", action="store_true",
+                        help="imagenet only: torchvision's weights instead of training")
+    parser.add_argument("--teacher", metavar="FILE", help="a state dict of --network instead of training")
+    parser.add_argument("--epochs", type=number(int, 1))
+    parser.add_argument("--lr", type=number(float, 0, strict=True), help="learning rate of SGD with momentum 0.9")
+    parser.add_argument("--wd", type=number(float, 0), help="weight decay")
+    parser.add_argument("--batch", type=number(int, 2))
+    parser.add_argument("--seed", type=number(int, 0), default=0)
+    parser.add_argument("--resume", action="store_true", help="continue what is in the run folder")
+    args = parser.parse_args(argv)
+    for flag, only in (("size", "folder"), ("pretrained", "imagenet")):
+        if getattr(args, flag) and args.dataset != only:
+            raise BadInput(f"--{flag} is for --dataset {only}, found {args.dataset}: leave it out")
+    return args
+
+
+def main(argv):
+    args = parse(argv)
+    preset, device = PRESETS[args.dataset], pick_device()
+    s = resolve(args, {**preset["squeeze"], "network": preset["network"], "size": preset["size"]})
+    s.update(schedule=preset["squeeze"]["schedule"], augment=preset["squeeze"]["augment"])
+    folder = Path("runs") / f"{s['dataset']}-{s['network']}"
+    data = load_data(s["dataset"], s["data"], s["size"], s["classes"])
+    network = None
+    if s["teacher"] or s["pretrained"]:                    # refused before a folder is made
+        network = build_network(s["network"], len(data.classes), s["size"])
+        given_weights(network, s, device)
+    settings = {**s, "data": str(Path(s["data"]).resolve())}
+    config = open_run(folder, "squeeze", settings, {"data": data.sha256}, args.resume)
+    if "statistics.pt" not in config["artefacts"]:
+        data = data._replace(train=in_memory(data, data.train), test=in_memory(data, data.test))
+        squeeze(data, preset, s, folder, config, device, network)
+    print(f"teacher: {config['results']['test']:.2f} % test accuracy, in {folder}\nnext: python recover.py "
+          f"--dataset {s['dataset']} --network {s['network']}" + ("" if s["data"] == "data"
+                                                                  else f" --data {s['data']}"))
+
+
+def squeeze(data, preset, s, folder, config, device, given):
+    """Train the teacher (unless a network is given), gather the statistics, finish the run folder."""
+    if not (folder / "teacher.pt").is_file() or (folder / "checkpoint.pt").is_file():
+        torch.manual_seed(s["seed"])
+        network = (given or build_network(s["network"], len(data.classes), s["size"])).to(device)
+        if given:
+            score = accuracy(network, data, preset["mean"], preset["std"], device)
+        else:
+            score = train(network, data, preset, s, folder, device)
+        save(folder / "teacher.pt",
+             dict(network=s["network"], dataset=s["dataset"], classes=data.classes, size=s["size"],
+                                         mean=preset["mean"], std=preset["std"], state_dict=network.state_dict()))
+        config["results"]["test"] = score
+        save(folder / "config.json", config)
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+    network = build_network(s["network"], len(data.classes), s["size"]).to(device)
+    network.load_state_dict(torch.load(folder / "teacher.pt", weights_only=True)["state_dict"])
+    layers, head = gather_statistics(fold(network), data, preset["mean"], preset["std"], device, s["batch"])
+    save(folder / "statistics.pt", dict(layers=layers, head=head, teacher=sha256(folder / "teacher.pt"),
+                                        class_counts=torch.bincount(data.train.labels, minlength=len(data.classes))))
+    finish_run(folder, config, ["teacher.pt", "statistics.pt"])
+
+
+if __name__ == "__main__":
+    script(main)
