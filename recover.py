@@ -1,0 +1,365 @@
+"""Stage 2, recover: optimise the synthetic images until their spectra match the real ones (Curriculum Frequency
+Matching).
+
+    python recover.py                                                    toy images, two minutes on a laptop
+    python recover.py --dataset cifar10 --network convnet --ipc 10       10 minutes on two CPU cores
+    python recover.py --dataset tiny --ipc 100 --alpha-max 1             the paper's settings, one GPU
+    python recover.py --iterations 0                                     the honest rival: the same images, untouched
+
+Images are made in batches, one image of every class (or of a chunk of the classes) at a time. All batches of round k,
+the k-th images of all classes, share alpha_k, which falls from alpha_max toward 0: early images match the low
+frequencies of the teacher's features, late ones the high. One batch: start from real images; at each iteration take a
+random view, push it through the frozen teacher, and step on  CE + gamma * sum over layers of (filter loss + signal
+loss)  (Eq. 19-20).
+
+Writes runs/<dataset>-<network>/<run>/ with images.pt, preview.png, config.json and log.jsonl. A missing teacher is
+squeezed first. Baselines run through the same loop (baselines.py).
+"""
+import argparse
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torchvision.utils import make_grid, save_image
+
+import spectral
+import squeeze
+from squeeze import BadInput, number
+
+PRESETS = {                                                # paper, Tables 9-12; toy is ours
+    "toy": dict(alpha_max=0.1, iterations=100, lr=0.1, batch=10),
+    "cifar10": dict(alpha_max=0.1, iterations=1000, lr=0.25, batch=10),
+    "cifar100": dict(alpha_max=0.1, iterations=1000, lr=0.25, batch=100),
+    "tiny": dict(alpha_max=1.0, iterations=1000, lr=0.1, batch=200),
+    "imagenet": dict(alpha_max=0.1, iterations=1000, lr=0.1, batch=500),
+    "folder": dict(alpha_max=0.1, iterations=1000, lr=0.1, batch=200),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The objective: pairs (g, f_real, f_syn) of Theorem 1, layer by layer
+
+def cfm_pairs(k, s):
+    """The pairs of CFM in round k (Eq. 18-20), or of its ablations --filter high and low."""
+    alpha = alpha_of_round(k, s)
+    f = spectral.low_pass() if alpha is None else spectral.ridge(alpha)
+    return [("I", f, f), ("x", f, f)]
+
+
+def alpha_of_round(k, s):
+    """alpha_k. high: alpha_max / 100 throughout, about where the curriculum of IPC 10 ends; low: none, f is lambda."""
+    if s["filter"] == "low":
+        return None
+    if s["filter"] == "high":
+        return s["alpha_max"] / 100
+    return spectral.alpha_schedule(k, s["ipc"], s["alpha_max"], s["schedule"])
+
+
+def stack(layers):
+    """{name: (psi [C, C], phi [C, K])} -> [(psi [L, C, C], phi [L, C, K]), ...]: layers of equal C filter in one
+    call."""
+    groups = {}
+    for psi, phi in layers.values():
+        groups.setdefault(len(psi), []).append((psi, phi))
+    return [tuple(torch.stack(part) for part in zip(*group)) for group in groups.values()]
+
+
+def apply_pairs(pairs, psi, phi, side):
+    """What each pair (g, f_real, f_syn) compares, for one stack of layers: f(Psi) where g is I, its diagonal [L, C,
+    1] where g is diag, f(Psi) Phi where g is x. side: 1 real, 2 synthetic."""
+    filters, out = {}, []
+    for pair in pairs:
+        g, f = pair[0], pair[side]
+        if f not in filters:                               # CFM's two pairs share one factorisation
+            filters[f] = spectral.apply_filter(psi, f)
+        out.append(filters[f] if g == "I" else filters[f].diagonal(dim1=-2, dim2=-1)[..., None] if g == "diag"
+                   else filters[f] @ phi)
+    return out
+
+
+def match(pairs, targets, layers, classes, s):
+    """Sum over layers and pairs of the losses of Eq. 19. One entry of pairs and of targets a stack of layers;
+    targets: what apply_pairs gave for the real side. layers: {name: (psi, phi)} of the synthetic side, phi of the
+    chunk's classes."""
+    total = 0
+    for group, target, (psi, phi) in zip(pairs, targets, stack(layers)):
+        for pair, wanted, found in zip(group, target, apply_pairs(group, psi, phi, 2)):
+            if pair[0] != "x":
+                total = total + spectral.filter_loss(wanted, found).sum()
+            else:
+                wanted = wanted[..., classes] if s["signal"] == "class" else wanted
+                total = total + spectral.signal_loss(wanted, found).sum()
+    return total
+
+
+def layer_statistics(network, layers, head, s, Y):
+    """A collect_inputs context: after each forward pass, {name: (psi [C, C], phi [C, 1] or [C, K'])} of the batch.
+    Y [B, K']: the labels that class-wise signals want."""
+    layout = "plain" if layers == "last" else "map"
+
+    def reduce(features):
+        psi, mean = spectral.covariance(features, layout)
+        return psi, mean[:, None] if s["signal"] == "mean" else spectral.flc(features, Y, layout)
+    select = (lambda name, module: name == head) if layers == "last" else spectral.is_main_convolution
+    return spectral.collect_inputs(network, select, reduce)
+
+
+def real_layers(statistics, layers, s, device):
+    """{name: (psi, phi)} of the real set. Class-wise: column k is the class's mean over K, whatever the class sizes."""
+    counts = statistics["class_counts"]
+    weight = counts.sum() / (counts * len(counts))
+    names = [statistics["head"]] if layers == "last" else [name for name in statistics["layers"]
+                                                           if name != statistics["head"]]
+    chosen = [(name, statistics["layers"][name]) for name in names]
+    return {name: (layer["ffc"].to(device), (layer["mean"][:, None] if s["signal"] == "mean" else
+                                             layer["flc"] * weight).to(device)) for name, layer in chosen}
+
+
+def join(memory, current, k, classes, s):
+    """Eq. 17 for every layer: `current` joined to the finished batches in memory = {"b", "psi", "phi"}.
+
+    The class-wise signal of a class moves only in batches that hold the class, so it counts rounds, not batches.
+    """
+    if s["no_emu"]:
+        return current
+    b, joined = memory["b"] + 1, {}
+    for name, (psi, phi) in current.items():
+        psi_old, phi_old = memory["psi"].get(name), memory["phi"].get(name)
+        if s["signal"] == "class" and phi_old is not None:
+            phi_old = phi_old[:, classes]
+        joined[name] = (spectral.emu(psi_old, psi, b),
+                        spectral.emu(phi_old, phi, k + 1 if s["signal"] == "class" else b))
+    return joined
+
+
+def remember(memory, joined, classes, s, K):
+    """Move the memory on by one finished batch."""
+    for name, (psi, phi) in joined.items():
+        memory["psi"][name] = psi
+        if s["signal"] == "class":
+            whole = memory["phi"].setdefault(name, psi.new_zeros(len(psi), K))
+            whole[:, classes] = phi
+        else:
+            memory["phi"][name] = phi
+    memory["b"] += 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One batch
+
+def random_views(rng, T, B, size):
+    """The views of T iterations, drawn ahead on the CPU, the same on every device: crop boxes [T, B, 4], flips [T, B],
+    and rolls [T, 2] of 0-4 pixels. Crops and flips are drawn per image."""
+    boxes = squeeze.crop_boxes(rng.random((T * B, 4)), (0.08, 1)).view(T, B, 4)
+    return boxes, torch.from_numpy(rng.random((T, B)) < 0.5), rng.integers(0, 5, (T, 2)).tolist()
+
+
+def optimise(images, labels, network, matching_loss, s, teacher, rng, report):
+    """T Adam steps on a batch of normalised images [B, 3, S, S]. matching_loss(): the loss of the network's last
+    forward pass; report(t, cross-entropy, matching) is called every 100 iterations. Returns the images."""
+    T, size = s["iterations"], images.shape[-1]
+    boxes, flips, rolls = random_views(rng, T, len(images), size)
+    boxes, flips = boxes.to(images.device), flips.to(images.device)
+    black, white = (torch.full((1, 3, 1, 1), level, dtype=torch.uint8, device=images.device) for level in (0, 255))
+    low, high = (squeeze.normalise(level, teacher["mean"], teacher["std"]) for level in (black, white))
+    images.requires_grad_()
+    optimizer = torch.optim.Adam([images], s["lr"], betas=(0.5, 0.9))
+    for t in range(T):
+        optimizer.param_groups[0]["lr"] = s["lr"] * (1 + math.cos(math.pi * t / T)) / 2
+        grid = squeeze.crop_grid(boxes[t], flips[t], size).roll(rolls[t], (1, 2))      # which rolls the view
+        with squeeze.autocast(images.device):
+            logits = network(squeeze.resample(images, grid))
+        entropy, matching = F.cross_entropy(logits.float(), labels), matching_loss()
+        images.grad, = torch.autograd.grad(entropy + s["gamma"] * matching, images)
+        optimizer.step()
+        with torch.no_grad():
+            images.clamp_(low, high)
+        if t % 100 == 99 or t == T - 1:                    # reading a loss waits for the GPU
+            report(t + 1, entropy.item(), matching.item())
+    return images.detach()
+
+
+def to_uint8(images, teacher):
+    """Normalised [B, 3, S, S] -> uint8 levels, rounded (a truncating cast would darken by half a level)."""
+    mean, std = (torch.tensor(teacher[v], device=images.device).view(1, 3, 1, 1) for v in ("mean", "std"))
+    return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).contiguous().cpu()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All batches
+
+def initial_images(data, index, k, classes, s, rng):
+    """uint8 [B, 3, S, S]: the k-th training image of each class of the chunk, or Gaussian noise."""
+    if s["init"] == "real":
+        return squeeze.take(data, data.train, index[k, classes])
+    noise = rng.normal(127.5, 64, (len(classes), 3, data.size, data.size))
+    return torch.from_numpy(noise.clip(0, 255).astype(np.uint8))
+
+
+def distil(folder, data, network, teacher, statistics, pairs_of, s, device):
+    """Make all batches of a run, round by round. A finished one goes to images.raw at once, and memory.pt says how many
+    there are and holds the EMU: a killed run goes on with the next batch, and memory does not grow with IPC.
+
+    pairs_of(k, psi): the pairs of round k for a stack of layers with real psi [L, C, C]. Returns seconds.
+    """
+    K, layers = len(data.classes), s.get("layers", "conv")
+    chunks = torch.arange(K).split(s["batch"])
+    index = first_images(data, s["ipc"]) if s["init"] == "real" else None
+    memory = dict(b=0, psi={}, phi={}, seconds=0.0)
+    if (folder / "memory.pt").is_file():
+        memory = torch.load(folder / "memory.pt", weights_only=True, map_location=device)
+        print(f"resuming after batch {memory['b']}")
+    real, total, done = stack(real_layers(statistics, layers, s, device)), s["ipc"] * len(chunks), memory["b"]
+    start, before = time.time(), memory["seconds"]
+
+    def report(t, entropy, matching):                      # b and k are the loop's
+        rate = ((b - done) * s["iterations"] + t) / (time.time() - start)
+        left = ((total - b) * s["iterations"] - t) / rate
+        print(f"round {k + 1}/{s['ipc']} batch {b + 1}/{total} iteration {t}/{s['iterations']}  CE {entropy:.3f}  "
+              f"matching {matching:.4g}  {rate:.1f} it/s  {left / 60:.1f} min left", flush=True)
+        if not math.isfinite(entropy + matching):
+            raise BadInput(f"{folder}: the loss is not finite in batch {b + 1}: lower --lr or raise --alpha-max")
+        if t == s["iterations"]:
+            squeeze.log(folder, batch=b + 1, round=k, ce=entropy, matching=matching)
+
+    for b in range(done, total):
+        k, classes = b // len(chunks), chunks[b % len(chunks)]
+        rng = np.random.default_rng([s["seed"], b])        # a batch's randomness depends on nothing before it
+        images = initial_images(data, index, k, classes, s, rng)
+        if s["iterations"]:
+            if b == done or b % len(chunks) == 0:          # the real side is constant within a round
+                pairs = [pairs_of(k, psi) for psi, _ in real]
+                targets = [apply_pairs(group, *layer, 1) for group, layer in zip(pairs, real)]
+            Y = F.one_hot(torch.arange(len(classes), device=device), len(classes)) * len(classes) / K
+            with layer_statistics(network, layers, statistics["head"], s, Y) as current:
+                images = optimise(squeeze.normalise(images.to(device), teacher["mean"], teacher["std"]),
+                                  classes.to(device),
+                                  network, lambda: match(pairs, targets, join(memory, current, k, classes, s),
+                                                         classes, s),
+                                  s, teacher, rng, report)
+                images = to_uint8(images, teacher)
+                with torch.no_grad():                      # the memory moves by the images as saved, seen whole
+                    network(squeeze.normalise(images.to(device), teacher["mean"], teacher["std"]))
+                    remember(memory, join(memory, current, k, classes, s), classes, s, K)
+        with open(folder / "images.raw", "r+b" if b else "wb") as file:
+            file.seek(images[0].numel() * (k * K + int(classes[0])))
+            file.write(images.numpy().tobytes())
+        memory.update(b=b + 1, seconds=before + time.time() - start)
+        squeeze.save(folder / "memory.pt", memory)
+    return memory["seconds"]
+
+
+def first_images(data, ipc):
+    """index [ipc, K]: row k holds the position of the k-th training image of every class."""
+    columns = []
+    for c, name in enumerate(data.classes):
+        mine = (data.train.labels == c).nonzero().flatten()
+        if len(mine) < ipc:
+            raise BadInput(f"--ipc {ipc}: class {name!r} has {len(mine)} training images; use at most that many")
+        columns.append(mine[:ipc])
+    return torch.stack(columns, 1)
+
+
+def finish(folder, config, teacher, s, seconds):
+    """images.raw becomes images.pt, with all that is needed to use it, and preview.png (rows = classes)."""
+    K, S, n = len(teacher["classes"]), teacher["size"], s["ipc"] * len(teacher["classes"])
+    images = torch.from_file(str(folder / "images.raw"), size=n * 3 * S * S, dtype=torch.uint8).view(n, 3, S, S)
+    squeeze.save(folder / "images.pt", dict(
+        images=images, labels=torch.arange(K).repeat(s["ipc"]), classes=teacher["classes"], mean=teacher["mean"],
+        std=teacher["std"], settings={key: s[key] for key in s if key != "data"}, inputs=config["inputs"]))
+    shown = images.view(s["ipc"], K, 3, S, S)[:10, :20].transpose(0, 1)
+    save_image(make_grid(shown.reshape(-1, 3, S, S).float() / 255, nrow=shown.shape[1], padding=1),
+               folder / "preview.png")
+    squeeze.finish_run(folder, config, ["images.pt"], seconds=seconds, image_bytes=images.numel())
+    for name in ("images.raw", "memory.pt"):
+        (folder / name).unlink()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stage
+
+def add_flags(parser):
+    """The flags that recover.py and baselines.py share."""
+    parser.add_argument("--dataset", default="toy", choices=list(PRESETS), help="default: toy")
+    parser.add_argument("--data", metavar="DIR",
+                        help="where the data set lies (default: where squeeze.py found it, or data)")
+    parser.add_argument("--network", choices=squeeze.TEACHERS,
+                        help="the teacher (default: convnet for toy, else resnet18)")
+    parser.add_argument("--ipc", type=number(int, 1), default=10, help="images per class (default 10)")
+    parser.add_argument("--init", choices=["real", "noise"], default="real")
+    parser.add_argument("--iterations", type=number(int, 0), help="Adam steps a batch; 0: the random-real baseline")
+    parser.add_argument("--lr", type=number(float, 0, strict=True),
+                        help="Adam's learning rate on pixels, cosine to zero")
+    parser.add_argument("--batch", type=number(int, 1), help="classes a batch, one image of each")
+    parser.add_argument("--gamma", type=number(float, 0), default=0.1,
+                        help="weight of the matching losses (default 0.1)")
+    parser.add_argument("--no-emu", action="store_true",
+                        help="match each batch alone (the authors' code does so unless asked)")
+    parser.add_argument("--seed", type=number(int, 0), default=0)
+    parser.add_argument("--resume", action="store_true", help="continue what is in the run folder")
+
+
+def parse(argv):
+    parser = squeeze.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser)
+    parser.add_argument("--alpha-max", type=number(float, 0, strict=True), help="where the curriculum starts, > 0")
+    parser.add_argument("--schedule", choices=["cosine", "linear", "constant"], default="cosine",
+                        help="of alpha over rounds")
+    parser.add_argument("--filter", choices=["cfm", "high", "low"], default="cfm",
+                        help="cfm: 1/(lambda + alpha_k); high: the same with alpha_max / 100 throughout; low: lambda")
+    parser.add_argument("--signal", choices=["mean", "class"], default="mean",
+                        help="FLC: mean [C], or class-wise [C, K]")
+    return parser.parse_args(argv)
+
+
+def run_name(method, s, defaults):
+    """The run's folder: method and IPC, then every setting that is not the default, so that no two runs share one."""
+    if s["iterations"] == 0 and s["init"] == "real":
+        return f"real-ipc{s['ipc']}"
+    hidden = ("dataset", "data", "network", "ipc", "filter", "method", "resume")
+    extra = [key.replace("_", "-") + ("" if s[key] is True else str(s[key])) for key in s
+             if key not in hidden and s[key] != defaults[key]]
+    return "-".join([method, f"ipc{s['ipc']}", *extra])
+
+
+def run(args, method, defaults, pairs_for):
+    """The stage after its flags, for recover.py and baselines.py. pairs_for(settings) -> pairs_of(k, psi), see
+    distil."""
+    preset = {**PRESETS[args.dataset], "network": squeeze.PRESETS[args.dataset]["network"]}
+    s, device = squeeze.resolve(args, preset), squeeze.pick_device()
+    parent = Path("runs") / f"{s['dataset']}-{s['network']}"
+    made = squeeze.read_config(parent, "squeeze", args.resume)["settings"] if parent.is_dir() else {}
+    s["data"] = s["data"] or made.get("data", "data")
+    data = squeeze.load_data(s["dataset"], s["data"], made.get("size"), made.get("classes", 10))
+    first_images(data, s["ipc"])
+    K, N = len(data.classes), s["ipc"] * len(data.classes)
+    batches = s["ipc"] * math.ceil(K / s["batch"])
+    print(f"plan: {s['ipc']} rounds of {K} images, {batches} batches of {s['iterations']} iterations on {device}; "
+          f"images {3e-6 * N * data.size**2:.1f} MB, soft labels {2e-6 * N * K:.2f} MB an epoch", flush=True)
+    squeeze.ensure(parent, s, args.resume)
+    network, teacher, parent_config = squeeze.load_teacher(parent, device)
+    statistics = squeeze.load(parent, "statistics.pt", parent_config)
+    squeeze.check_data(data, teacher, parent_config)
+    pairs_of = pairs_for(s)
+    for psi, _ in stack(real_layers(statistics, s.get("layers", "conv"), s, device)):
+        pairs_of(0, psi)                                   # an unstable rate is refused before any work
+    inputs = {"data": data.sha256, **parent_config["artefacts"]}
+    folder = parent / run_name(method, s, {**defaults, **preset})
+    s["data"] = str(Path(s["data"]).resolve())
+    config = squeeze.open_run(folder, "recover", s, inputs, args.resume)
+    if not config["artefacts"]:
+        seconds = distil(folder, data, network, teacher, statistics, pairs_of, s, device)
+        finish(folder, config, teacher, s, seconds)
+    print(f"images: {folder / 'images.pt'}, {config['results']['seconds']:.0f} s, peak memory "
+          f"{squeeze.peak_memory(device):.0f} MB; look at {folder / 'preview.png'}\nnext: python eval.py {folder}")
+
+
+def main(argv):
+    run(parse(argv), parse(argv).filter, vars(parse([])), lambda s: lambda k, psi: cfm_pairs(k, s))
+
+
+if __name__ == "__main__":
+    squeeze.script(main)
