@@ -1,0 +1,241 @@
+"""Stage 3, relabel: store the teacher's soft label for a random view of every image, for every epoch (FKD).
+
+    python relabel.py runs/toy-convnet/cfm-ipc10                     seconds on a laptop
+    python relabel.py runs/cifar10-convnet/cfm-ipc10                 two minutes on two CPU cores
+    python relabel.py runs/cifar10-convnet --images DIR              another method's images, DIR/<class>/*
+
+A view (crop box, flip, CutMix partner and patch) is a pure function of (seed, epoch, image): eval.py rebuilds exactly
+the pixels that the teacher saw, whatever its batch size, order or device, so that nothing but the labels has to be
+stored. Writes RUN/labels/ with soft_labels.npy (float16 logits [E, N, K]), config.json and log.jsonl. Where full
+labels are too large (ImageNet at IPC 50: 28 GB for 0.75 GB of images), --keep-epochs stores fewer epochs and --top-k
+fewer logits.
+"""
+import argparse
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torchvision import transforms as T
+
+import squeeze
+from squeeze import BadInput, number
+
+# Epochs and crop scale as in the authors' code; toy is ours.
+PRESETS = {"toy": dict(epochs=60, scale=0.08), "cifar10": dict(epochs=1000, scale=0.08),
+           "cifar100": dict(epochs=1000, scale=0.08),
+           "tiny": dict(epochs=300, scale=0.5), "imagenet": dict(epochs=300, scale=0.5),
+           "folder": dict(epochs=300, scale=0.5)}
+
+
+class Views(NamedTuple):
+    """One random view of each of N images."""
+    boxes: torch.Tensor         # [N, 4] crop: centre x, centre y, width, height, as fractions of the image
+    flips: torch.Tensor         # [N] bool
+    partner: torch.Tensor       # [N] int64: whose view is pasted
+    patch: torch.Tensor         # [N, 4] int64 pixels: left, top, right, bottom of what is pasted (CutMix)
+
+    def to(self, device):
+        return Views(*(field.to(device) for field in self))
+
+
+def draw_views(seed, epoch, N, size, scale):
+    """The views of one epoch. Image i has row i of the stream of (seed, epoch): no batch, order or device enters.
+
+    CutMix as its paper has it: area share of the patch uniform in [0, 1], sides cut at the image's border.
+    """
+    u = np.random.default_rng([seed, epoch]).random((N, 9))
+    side = np.sqrt(u[:, 5]) * size / 2
+    x, y = u[:, 6] * size, u[:, 7] * size
+    patch = np.stack([x - side, y - side, x + side, y + side], 1).round().clip(0, size).astype(np.int64)
+    return Views(squeeze.crop_boxes(u[:, :4], (scale, 1)), torch.from_numpy(u[:, 4] < 0.5),
+                 torch.from_numpy((u[:, 8] * N).astype(np.int64)), torch.from_numpy(patch))
+
+
+def patch_mask(patch, size):
+    """bool [B, 1, S, S]: true where the partner's view is pasted."""
+    span = torch.arange(size, device=patch.device)
+    left, top, right, bottom = (side.view(-1, 1) for side in patch.unbind(1))
+    inside_x, inside_y = (span >= left) & (span < right), (span >= top) & (span < bottom)
+    return (inside_y[:, :, None] & inside_x[:, None, :])[:, None]
+
+
+def render(images, views, index):
+    """The views of images[index]: float [B, 3, S, S] in levels 0..255. images: uint8 [N, 3, S, S]."""
+    size, both = images.shape[-1], torch.cat([index, views.partner[index]])
+    grid = squeeze.crop_grid(views.boxes[both], views.flips[both], size)
+    own, pasted = squeeze.resample(images[both].float(), grid).chunk(2)
+    return torch.where(patch_mask(views.patch[index], size), pasted, own)
+
+
+@torch.no_grad()
+def soft_labels(network, teacher, images, views, batch):
+    """The teacher's logits for one epoch's views of all images: yields float32 [B, K] on the device, in order of
+    image."""
+    for index in torch.arange(len(images), device=images.device).split(batch):
+        with squeeze.autocast(images.device):
+            logits = network(squeeze.normalise(render(images, views, index), teacher["mean"], teacher["std"]))
+        yield logits.float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labels on disk: an epoch at a time is mapped, written or read, and let go, so that memory does not grow with the
+# epochs
+
+def compress(logits, k, temperature=20.0):
+    """The k largest logits and one for all the rest, [N, k + 1], with their classes, int16 [N, k].
+
+    The rest logit gives the remaining classes together the mass they had at `temperature`, in equal shares.
+    """
+    top, classes = logits.topk(k, 1)
+    rest = logits.scatter(1, classes, -math.inf)
+    count = max(logits.shape[1] - k, 1)
+    rest = temperature * (torch.logsumexp(rest / temperature, 1, keepdim=True) - math.log(count))
+    return torch.cat([top, rest.nan_to_num(neginf=-6e4)], 1), classes.short()
+
+
+def expand(values, classes, K):
+    """What compress left, as logits [N, K]."""
+    return values[:, -1:].repeat(1, K).scatter(1, classes.long(), values[:, :-1])
+
+
+def read_epoch(folder, s, epoch, K):
+    """The stored logits for an epoch of training, float32 [N, K]; with --keep-epochs E', epoch e is e mod E'."""
+    stored = epoch % s["keep_epochs"]
+    values = torch.from_numpy(np.load(folder / "soft_labels.npy", mmap_mode="r")[stored].astype(np.float32))
+    if not s["top_k"]:
+        return values
+    return expand(values, torch.from_numpy(np.load(folder / "top_classes.npy", mmap_mode="r")[stored].copy()), K)
+
+
+def write(folder, arrays, network, teacher, images, s):
+    """All epochs, one after the other; a killed run goes on after the last one in log.jsonl. arrays: {file: (shape,
+    dtype)}."""
+    done = len((folder / "log.jsonl").read_text().splitlines()) if (folder / "log.jsonl").is_file() else 0
+    if not done:
+        for name, (shape, dtype) in arrays.items():
+            np.lib.format.open_memmap(folder / (name + ".tmp"), mode="w+", dtype=dtype, shape=shape)
+    start, said, E, N = time.time(), time.time(), s["keep_epochs"], len(images)
+    for epoch in range(done, E):
+        views = draw_views(s["seed"], epoch, N, images.shape[-1], s["scale"]).to(images.device)
+        logits = torch.cat(list(soft_labels(network, teacher, images, views, s["batch"])))
+        for name, part in zip(arrays, compress(logits, s["top_k"]) if s["top_k"] else [logits]):
+            stored = np.load(folder / (name + ".tmp"), mmap_mode="r+")
+            stored[epoch] = part.cpu().numpy().astype(stored.dtype)
+            stored.flush()
+        squeeze.log(folder, epoch=epoch + 1, seconds=time.time() - start)
+        if time.time() - said > 10 or epoch + 1 == E:
+            said, rate = time.time(), (epoch + 1 - done) * N / (time.time() - start)
+            print(f"epoch {epoch + 1}/{E}  {rate:.0f} images/s  {(E - epoch - 1) * N / rate / 60:.1f} min left",
+                  flush=True)
+    for name in arrays:
+        (folder / (name + ".tmp")).replace(folder / name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stage
+
+def load_run(run):
+    """A finished recover run with its teacher: (images.pt's dict, config, teacher's folder). Checks that they belong
+    together."""
+    config = squeeze.read_config(run, "recover")
+    parent = Path(run).resolve().parent
+    teacher = squeeze.read_config(parent, "squeeze")
+    if teacher["artefacts"]["teacher.pt"] != config["inputs"]["teacher.pt"]:
+        raise BadInput(f"{run}: made with another teacher than the one in {parent}: recover again")
+    return squeeze.load(run, "images.pt", config), config, parent
+
+
+def import_images(parent, source):
+    """Make a run folder inside the squeeze run `parent` out of an image folder source/<class>/*: returns its path.
+
+    Classes are matched by name. Images are ordered by position in their class, then by class, as recover.py has them.
+    """
+    parent, source = Path(parent), Path(source)
+    config = squeeze.read_config(parent, "squeeze")
+    teacher = squeeze.load(parent, "teacher.pt", config)
+    if not source.is_dir():
+        raise BadInput(f"--images {source}: no such folder")
+    strange = sorted({entry.name for entry in source.iterdir() if entry.is_dir()} - set(teacher["classes"]))
+    if strange:
+        raise BadInput(f"--images {source}: class {strange[0]!r} is none of the teacher's in {parent}")
+    paths, labels = squeeze.image_files(source, teacher["classes"])
+    seen, order = [0] * len(teacher["classes"]), []
+    for path, label in zip(paths, labels.tolist()):
+        order.append((seen[label], label, path))
+        seen[label] += 1
+    order.sort()
+    tensors = [image for image, _ in map(squeeze.Files(squeeze.Split([path for *_, path in order],
+                                                                     torch.tensor([y for _, y, _ in order])),
+                                                       T.PILToTensor()).__getitem__, range(len(order)))]
+    for image, (*_, path) in zip(tensors, order):
+        if image.shape[1:] != (teacher["size"], teacher["size"]):
+            wrong = f"{tuple(image.shape[1:])} pixels found, the teacher takes {teacher['size']} squared"
+            raise BadInput(f"{path}: {wrong if image.shape[1] > 1 else 'not a readable image'}: mend or remove it")
+    folder = parent / source.resolve().name
+    s = {key: config["settings"][key] for key in ("dataset", "data", "network")} | {"images": str(source.resolve()),
+                                                                                    "ipc": max(seen)}
+    inputs = {"data": config["inputs"]["data"], **config["artefacts"]}
+    run = squeeze.open_run(folder, "recover", s, inputs, False)
+    content = {key: teacher[key] for key in ("classes", "mean", "std")}
+    squeeze.save(folder / "images.pt",
+                 dict(images=torch.stack(tensors), labels=torch.tensor([y for _, y, _ in order]), **content,
+                                            settings={"images": source.name}, inputs=inputs))
+    squeeze.finish_run(folder, run, ["images.pt"], image_bytes=sum(image.numel() for image in tensors))
+    print(f"images: {len(order)} from {source}, in {folder}")
+    return str(folder)
+
+
+def parse(argv):
+    parser = squeeze.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN", help="a folder made by recover.py (with --images: by squeeze.py)")
+    parser.add_argument("--images", metavar="DIR", help="take these images, DIR/<class>/*, instead of a run's")
+    parser.add_argument("--epochs", type=number(int, 1), help="epochs of students to make labels for")
+    parser.add_argument("--keep-epochs", type=number(int, 1), metavar="E",
+                        help="store E epochs, students cycle through them")
+    parser.add_argument("--top-k", type=number(int, 1), metavar="K",
+                        help="store the K largest logits, the rest share what is left")
+    parser.add_argument("--scale", type=number(float, 0, strict=True),
+                        help="smallest crop area, as a share of the image")
+    parser.add_argument("--batch", type=number(int, 1), default=500, help="images a forward pass (default 500)")
+    parser.add_argument("--seed", type=number(int, 0), default=0)
+    parser.add_argument("--resume", action="store_true", help="continue what is in RUN/labels")
+    return parser.parse_args(argv)
+
+
+def main(argv):
+    args = parse(argv)
+    run = import_images(args.run, args.images) if args.images else args.run
+    content, run_config, parent = load_run(run)
+    images, K, device = content["images"], len(content["classes"]), squeeze.pick_device()
+    args.keep_epochs = args.keep_epochs or args.epochs or PRESETS[run_config["settings"]["dataset"]]["epochs"]
+    s = squeeze.resolve(args, PRESETS[run_config["settings"]["dataset"]])
+    for flag, bad, most in (("scale", s["scale"] > 1, 1), ("top-k", (s["top_k"] or 1) > K, f"the {K} classes"),
+                            ("keep-epochs", s["keep_epochs"] > s["epochs"], f"--epochs {s['epochs']}")):
+        if bad:
+            raise BadInput(f"--{flag} {s[flag.replace('-', '_')]} found, must be at most {most}")
+    E, N, k, folder = s["keep_epochs"], len(images), s["top_k"], Path(run) / "labels"
+    arrays = {"soft_labels.npy": ((E, N, k + 1 if k else K), np.float16),
+              **({"top_classes.npy": ((E, N, k), np.int16)} if k else {})}
+    size = sum(2 * math.prod(shape) for shape, _ in arrays.values())
+    if size > (free := shutil.disk_usage(run).free):
+        raise BadInput(f"--epochs {s['epochs']}: soft labels need {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
+                       "use --keep-epochs or --top-k, or eval.py --online")
+    network, teacher, teacher_config = squeeze.load_teacher(parent, device)
+    inputs = {"images.pt": run_config["artefacts"]["images.pt"],
+              "teacher.pt": teacher_config["artefacts"]["teacher.pt"]}
+    settings = {key: value for key, value in s.items() if key not in ("run", "images")}
+    config = squeeze.open_run(folder, "relabel", settings, inputs, args.resume)
+    if not config["artefacts"]:
+        print(f"{folder}: logits {list(arrays['soft_labels.npy'][0])}, {size / 1e6:.2f} MB; images are "
+              f"{images.numel() / 1e6:.2f} MB")
+        write(folder, arrays, network, teacher, images.to(device), s)
+        squeeze.finish_run(folder, config, list(arrays), label_bytes=size)
+    print(f"labels: {folder / 'soft_labels.npy'}, {size / 1e6:.2f} MB\nnext: python eval.py {run}")
+
+
+if __name__ == "__main__":
+    squeeze.script(main)
