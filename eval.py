@@ -1,0 +1,376 @@
+"""Stage 4, eval: train students on nothing but the distilled set, test them on the real test set.
+
+    python eval.py runs/toy-convnet/cfm-ipc10                                      a minute on a laptop
+    python eval.py runs/cifar10-convnet/cfm-ipc10 runs/cifar10-convnet/real-ipc10  two runs, one recipe, one table
+    python eval.py runs/toy-convnet/cfm-ipc10 --export DIR                         the images as PNGs, for other code
+
+Each epoch shows a student the views that relabel.py showed the teacher, with the teacher's soft labels as the target
+(KL divergence at temperature T). Reported is the last epoch, mean and deviation over seeds, of the averaged student:
+the exponential average of the weights (0.99 a step). Raw last epochs swing by points; best test epochs flatter;
+neither is used. Missing labels are made first. Writes RUN/result.json.
+"""
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.io import write_png
+from torchvision.utils import make_grid, save_image
+
+import baselines
+import recover
+import relabel
+import spectral
+import squeeze
+from squeeze import BadInput, number
+
+# Images a step for N images, as in the authors' code; toy is ours.
+BATCH = {"toy": lambda N: 25, "cifar10": lambda N: 50 if N <= 100 else 100,
+           "cifar100": lambda N: 100 if N <= 1000 else 200, "tiny": lambda N: 100,
+           "imagenet": lambda N: 100, "folder": lambda N: 100}
+
+
+def learning_rate(progress, s):
+    """Rate at `progress` in [0, 1]. stretched (the authors' code): a cosine that ends at half the rate; cosine: at
+    zero."""
+    return s["lr"] * (1 + math.cos(math.pi * progress / (2 if s["schedule"] == "stretched" else 1))) / 2
+
+
+def student_loss(logits, target, s):
+    """KL(teacher || student) at temperature T, mean over the batch; with --hard, cross-entropy to CutMix's mixed
+    labels."""
+    if s["hard"]:
+        return F.cross_entropy(logits, target)
+    student, teacher = F.log_softmax(logits / s["temperature"], 1), F.log_softmax(target / s["temperature"], 1)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def answers(run, content, config, parent, label_settings, s, device):
+    """answer(epoch, views) -> what the students are to say to an epoch's views, [N, K]: the stored logits; with
+    --online the teacher's, asked now (rounded as if stored); with --hard one-hot labels, mixed by area."""
+    K, images, size = len(content["classes"]), content["images"].to(device), content["images"].shape[-1]
+    hot = F.one_hot(content["labels"], K).float().to(device)
+    if s["online"]:
+        network, teacher, _ = squeeze.load_teacher(parent, device)
+
+    def answer(epoch, views):
+        if s["hard"]:
+            share = relabel.patch_mask(views.patch, size).float().mean((1, 2, 3))[:, None]
+            return (1 - share) * hot + share * hot[views.partner]
+        if s["online"]:
+            return torch.cat([part.half().float() for part in relabel.soft_labels(network, teacher, images, views,
+                                                                                  500)])
+        return relabel.read_epoch(Path(run) / "labels", label_settings, epoch, K).to(device)
+    return answer
+
+
+def train_student(content, answer, label_settings, s, name, seed, folder, device):
+    """One student, from scratch or from its checkpoint: (student, averaged student, seconds)."""
+    images, K = content["images"].to(device), len(content["classes"])
+    N, size, checkpoint = len(images), images.shape[-1], folder / f"student-{name}-{seed}.pt"
+    torch.manual_seed(seed)
+    student = squeeze.build_network(s["network"], K, size).to(device)
+    average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(s["ema"]), use_buffers=True)
+    optimizer = torch.optim.AdamW(student.parameters(), s["lr"], weight_decay=s["wd"])
+    steps, first, before = math.ceil(N / s["batch"]), 0, 0.0
+    if checkpoint.is_file():
+        state = torch.load(checkpoint, weights_only=True, map_location=device)
+        student.load_state_dict(state["student"]), average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, before = state["epoch"], state["seconds"]
+    start, saved = time.time(), time.time()
+    for epoch in range(first, s["epochs"]):
+        stored = epoch % label_settings["keep_epochs"]
+        views = relabel.draw_views(label_settings["seed"], stored, N, size, label_settings["scale"]).to(device)
+        wanted = answer(stored, views)
+        order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(N)).to(device)
+        student.train()
+        for i, index in enumerate(order.split(s["batch"])):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate((epoch * steps + i) / (s["epochs"] * steps), s)
+            view = squeeze.normalise(relabel.render(images, views, index), content["mean"], content["std"])
+            with squeeze.autocast(device):
+                logits = student(view)
+            loss = student_loss(logits.float(), wanted[index], s)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            average.update_parameters(student)
+        if time.time() - saved > 60:
+            saved, seconds = time.time(), before + time.time() - start
+            squeeze.save(checkpoint, dict(student=student.state_dict(), average=average.state_dict(), epoch=epoch + 1,
+                                          optimizer=optimizer.state_dict(), seconds=seconds))
+            print(f"{folder.name}: {name} seed {seed} epoch {epoch + 1}/{s['epochs']}  loss {loss.item():.4f}  "
+                  f"{(s['epochs'] - epoch - 1) * (time.time() - start) / (epoch + 1 - first) / 60:.1f} min left",
+                  flush=True)
+    return student, average.module, before + time.time() - start
+
+
+RECIPE = ("epochs", "lr", "wd", "batch", "temperature", "schedule", "ema", "hard", "online")
+
+
+def recipe_name(s, defaults):
+    """The key of a recipe in result.json: the network, then every setting that is not the default."""
+    extra = [key + ("" if s[key] is True else str(s[key])) for key in RECIPE if s[key] != defaults[key]]
+    return "-".join([s["network"], *extra])
+
+
+def label_source(run, config, args):
+    """Settings and bytes of the labels a run's students learn from: RUN/labels, checked, or with --online none."""
+    preset = relabel.PRESETS[config["settings"]["dataset"]]
+    if args.online:
+        return {**preset, "epochs": args.epochs or preset["epochs"], "keep_epochs": args.epochs or preset["epochs"],
+                "seed": 0}, 0
+    labels_config = squeeze.read_config(Path(run) / "labels", "relabel")
+    if labels_config["inputs"]["images.pt"] != config["artefacts"]["images.pt"]:
+        raise BadInput(f"{Path(run) / 'labels'}: made for other images: remove the folder and relabel again")
+    if (args.epochs or 0) > labels_config["settings"]["epochs"]:
+        raise BadInput(f"--epochs {args.epochs}: {Path(run) / 'labels'} holds {labels_config['settings']['epochs']}: "
+                       "relabel with more")
+    for name in labels_config["artefacts"]:
+        squeeze.checked(Path(run) / "labels", name, labels_config)
+    return labels_config["settings"], labels_config["results"]["label_bytes"]
+
+
+def evaluate(run, network, args, device):
+    """All seeds of one student network on one run; result.json after each seed. Returns the row of the table."""
+    content, config, parent = relabel.load_run(run)
+    dataset, folder, N = config["settings"]["dataset"], Path(run), len(content["images"])
+    label_settings, label_bytes = label_source(run, config, args)
+    defaults = {**vars(parse([run])), "epochs": label_settings["epochs"], "batch": min(BATCH[dataset](N), N)}
+    s = {key: defaults[key] if value is None else value for key, value in vars(args).items()}
+    s.update(network=network, batch=min(s["batch"], N))
+    data = squeeze.load_data(dataset, s["data"] or config["settings"]["data"], content["images"].shape[-1],
+                             len(content["classes"]))
+    squeeze.check_data(data, content, config)
+    data = data._replace(test=squeeze.in_memory(data, data.test))
+    path, name = folder / "result.json", recipe_name(s, defaults)
+    result = json.loads(path.read_text()) if path.is_file() else {}
+    row = result.setdefault(name, {"settings": {key: s[key] for key in RECIPE}, "seeds": {}})
+    answer = answers(run, content, config, parent, label_settings, s, device)
+    for seed in range(s["seeds"]):
+        if str(seed) not in row["seeds"]:
+            raw, averaged, seconds = train_student(content, answer, label_settings, s, name, seed, folder, device)
+            score, raw_score = (squeeze.accuracy(net, data, content["mean"], content["std"], device)
+                                for net in (averaged, raw))
+            row["seeds"][str(seed)] = {"averaged": score, "raw": raw_score, "seconds": seconds}
+            print(f"{run}: {name} seed {seed}: {score:.2f} % averaged, {raw_score:.2f} % raw, {seconds:.0f} s",
+                  flush=True)
+            row.update(summary(list(row["seeds"].values())), images=config["artefacts"]["images.pt"],
+                       image_bytes=content["images"].numel(), label_bytes=label_bytes)
+            squeeze.save(path, result)
+            (folder / f"student-{name}-{seed}.pt").unlink(missing_ok=True)
+    return row
+
+
+def export(run, target):
+    """The run's images as lossless PNGs, target/<class>/<position>.png, for torchvision's ImageFolder or any other
+    code."""
+    content, target = relabel.load_run(run)[0], Path(target)
+    if target.exists() and any(target.iterdir()):
+        raise BadInput(f"--export {target}: not empty: name a new folder")
+    seen = [0] * len(content["classes"])
+    for image, label in zip(content["images"], content["labels"].tolist()):
+        folder = target / content["classes"][label]
+        folder.mkdir(parents=True, exist_ok=True)
+        write_png(image, str(folder / f"{seen[label]:05d}.png"))
+        seen[label] += 1
+    print(f"exported {sum(seen)} images to {target}")
+
+
+def summary(seeds):
+    """Mean and deviation (of the sample; 0 for one seed) over seeds of both students."""
+    out = {"seconds": sum(seed["seconds"] for seed in seeds)}
+    for kind in ("averaged", "raw"):
+        scores = np.array([seed[kind] for seed in seeds])
+        out[kind], out[kind + "_std"] = scores.mean(), scores.std(ddof=1) if len(scores) > 1 else 0.0
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --report: what the images look like, in numbers and pictures (paper, Section 4)
+
+def radial_psd(images):
+    """Radially averaged power spectral density of uint8 [N, 3, S, S]: (radius [R] in cycles per image, mean power at
+    that radius [R], share of power above half the Nyquist radius). Each image has its mean removed and unit total
+    power."""
+    x = images.float()
+    power = torch.fft.fft2(x - x.mean((2, 3), keepdim=True)).abs().square().sum(1)
+    power = (power / power.sum((1, 2), keepdim=True).clamp(min=1e-12)).mean(0)
+    S = images.shape[-1]
+    f = torch.fft.fftfreq(S) * S
+    radius = torch.sqrt(f[:, None] ** 2 + f[None] ** 2)
+    ring, inside = radius.round().long().flatten(), S // 2 + 1
+    total, count = (torch.zeros(ring.max() + 1).index_add_(0, ring, v) for v in (power.flatten(), torch.ones(S * S)))
+    return torch.arange(1, inside), (total / count)[1:inside], power[radius > S / 4].sum().item()
+
+
+@torch.no_grad()
+def intra_class_similarity(network, content, device, batch=500):
+    """Mean cosine similarity of the teacher's last features over the pairs of a class, then over classes."""
+    name, H = squeeze.head_name(network), []
+    with spectral.collect_inputs(network, lambda n, module: n == name) as features:
+        for part in content["images"].split(batch):
+            network(squeeze.normalise(part.to(device), content["mean"], content["std"]))
+            H.append(F.normalize(features[name].float(), dim=1).cpu())
+    H, out = torch.cat(H), []
+    for c in range(len(content["classes"])):
+        mine = H[content["labels"] == c]
+        if (n := len(mine)) > 1:
+            out.append(((mine @ mine.T).sum() - n) / (n * (n - 1)))      # without each image's similarity to itself
+    return torch.stack(out).mean().item() if out else None
+
+
+def svg(path, curves, title, x_label, y_label):
+    """{label: (x, y)} as one log-log line chart; polylines and text, no plotting package."""
+    points = [(x, y) for xs, ys in curves.values() for x, y in zip(xs, ys) if x > 0 and y > 0]
+    (x0, x1), (y0, y1) = ((math.log10(min(v)), math.log10(max(v)) + 1e-9) for v in zip(*points))
+    colours = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"]
+
+    def place(x, y):
+        return 70 + 400 * (math.log10(x) - x0) / (x1 - x0), 330 - 290 * (math.log10(y) - y0) / (y1 - y0)
+    out = ['<svg xmlns="http://www.w3.org/2000/svg" width="700" height="380" font-family="sans-serif" font-size="12">',
+           '<rect width="700" height="380" fill="white"/><path d="M70 40V330H470" fill="none" stroke="black"/>',
+           f'<text x="270" y="22" text-anchor="middle" font-size="14">{title}</text>',
+           f'<text x="270" y="368" text-anchor="middle">{x_label}</text>',
+           f'<text x="16" y="185" text-anchor="middle" transform="rotate(-90 16 185)">{y_label}</text>']
+    for d in range(math.ceil(x0), math.floor(x1) + 1):
+        out.append(f'<text x="{place(10.0**d, 10**y0)[0]:.0f}" y="346" text-anchor="middle">1e{d}</text>')
+    for d in range(math.ceil(y0), math.floor(y1) + 1):
+        out.append(f'<text x="64" y="{place(10**x0, 10.0**d)[1] + 4:.0f}" text-anchor="end">1e{d}</text>')
+    for i, (label, (xs, ys)) in enumerate(curves.items()):
+        colour = colours[i % len(colours)]
+        line = " ".join("%.1f,%.1f" % place(x, y) for x, y in zip(xs, ys) if x > 0 and y > 0)
+        out.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>'
+                   f'<text x="484" y="{56 + 18 * i}" fill="{colour}">{label}</text>')
+    path.write_text("\n".join(out) + "\n</svg>\n")
+
+
+def responses(s, psi):
+    """{label: f(lambda)} of a recover or baselines run over the real spectrum of psi [C, C]; empty for real images."""
+    if s["iterations"] == 0:
+        return {}
+    lam = torch.linalg.eigvalsh(psi).clamp(min=0)
+    if "method" in s:
+        pairs = {s["method"]: baselines.pairs_for(s)(0, psi[None])}
+    else:
+        rounds = (0, s["ipc"] - 1) if s["filter"] == "cfm" and s["ipc"] > 1 else (0,)
+        pairs = {s["filter"] + (f" round {k + 1}" if len(rounds) > 1 else ""): recover.cfm_pairs(k, s) for k in rounds}
+    return {f"{name}, g = {g}": (lam.tolist(), f(lam[None])[0].tolist()) for name, group in pairs.items() for g, f,
+            _ in
+            ({pair[0]: pair for pair in group}.values() if "method" in s else group[:1])}
+
+
+def report(runs, device):
+    """report.json, psd.svg, filters.svg, grid.png and rounds-<run>.png for runs of one teacher, in its folder's
+    report/."""
+    loaded = [relabel.load_run(run) for run in runs]
+    parent = loaded[0][2]
+    for run, (_, _, other) in zip(runs, loaded):
+        if other != parent:
+            raise BadInput(f"--report: {run} is of {other.name} and {runs[0]} of {parent.name}: they must be one's")
+    network, _, config = squeeze.load_teacher(parent, device)
+    statistics = squeeze.load(parent, "statistics.pt", config)
+    layer = [name for name in statistics["layers"] if name != statistics["head"]][-1]
+    folder, rows, curves, filters, tiles = parent / "report", {}, {}, {}, []
+    folder.mkdir(exist_ok=True)
+    for run, (content, run_config, _) in zip(runs, loaded):
+        name, images, K, ipc = Path(run).name, content["images"], len(content["classes"]), run_config["settings"]["ipc"]
+        radius, power, share = radial_psd(images)
+        rows[name] = dict(high_share=share, similarity=intra_class_similarity(network, content, device),
+                          psd=power.tolist(),
+                          seconds=run_config["results"].get("seconds"))
+        curves[name] = radius.tolist(), power.tolist()
+        if "iterations" in run_config["settings"]:
+            filters.update(responses(run_config["settings"], statistics["layers"][layer]["ffc"]))
+        by_round = images.view(ipc, K, *images.shape[1:]) if len(images) == ipc * K else images[None, :K]
+        tiles += [by_round[k, c % K] for k in (0, len(by_round) - 1) for c in range(10)]
+        save_image(make_grid(by_round[:, :10].transpose(0, 1).flatten(0, 1).float() / 255, nrow=len(by_round),
+                             padding=1),
+                   folder / f"rounds-{name}.png")
+    save_image(make_grid(torch.stack(tiles).float() / 255, nrow=10, padding=1), folder / "grid.png")
+    svg(folder / "psd.svg", curves, "power spectral density of the images", "radius, cycles per image",
+        "share of power")
+    if filters:
+        svg(folder / "filters.svg", filters, f"filter responses on the real spectrum of layer {layer}",
+            "eigenvalue of FFC", "f")
+    squeeze.save(folder / "report.json", {"layer": layer, "radius": radius.tolist(), "runs": rows})
+    print(f"{'run':34s} {'power above S/4':>16s} {'similarity':>11s} {'seconds':>8s}")
+    for name, row in rows.items():
+        print(f"{name:34s} {100 * row['high_share']:14.2f} % {row['similarity'] or math.nan:11.3f} "
+              f"{row['seconds'] or 0:8.0f}")
+    print(f"pictures: {folder}; grid.png has two rows a run, its first and its last round")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stage
+
+def parse(argv):
+    parser = squeeze.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN",
+                        help="folders made by recover.py, baselines.py or relabel.py --images")
+    parser.add_argument("--network", nargs="+", choices=squeeze.STUDENTS,
+                        help="students (default: the teacher's network)")
+    parser.add_argument("--seeds", type=number(int, 1), default=3, help="students a row, seeds 0, 1, ... (default 3)")
+    parser.add_argument("--epochs", type=number(int, 1), help="default: as many as there are labels for")
+    parser.add_argument("--lr", type=number(float, 0, strict=True), default=1e-3, help="of AdamW (default 1e-3)")
+    parser.add_argument("--wd", type=number(float, 0), default=1e-2, help="weight decay (default 1e-2)")
+    parser.add_argument("--batch", type=number(int, 2))
+    parser.add_argument("--temperature", type=number(float, 0, strict=True), default=20.0,
+                        help="of the soft labels (default 20)")
+    parser.add_argument("--schedule", choices=["stretched", "cosine"], default="stretched",
+                        help="stretched: a cosine that ends at half the rate, as the authors' code; cosine: at zero")
+    parser.add_argument("--ema", type=number(float, 0), default=0.99,
+                        help="averaging of the student, a step (default 0.99)")
+    parser.add_argument("--hard", action="store_true", help="hard labels instead of the teacher's, on the same views")
+    parser.add_argument("--online", action="store_true", help="ask the teacher at every epoch and store no labels")
+    parser.add_argument("--data", metavar="DIR", help="where the test set lies (default: where recover.py found it)")
+    parser.add_argument("--export", metavar="DIR", help="only write RUN's images to DIR as an image folder of PNGs")
+    parser.add_argument("--report", action="store_true",
+                        help="only compare the RUNs' images: spectra, similarity, pictures")
+    parser.add_argument("--resume", action="store_true",
+                        help="continue what is in result.json and unfinished students")
+    args = parser.parse_args(argv)
+    if args.ema >= 1:
+        raise BadInput(f"--ema {args.ema} found, must be < 1")
+    if args.export and len(args.runs) > 1:
+        raise BadInput(f"--export takes one RUN, found {len(args.runs)}")
+    return args
+
+
+def main(argv):
+    args, device, jobs, table = parse(argv), squeeze.pick_device(), [], []
+    if args.export:
+        return export(args.runs[0], args.export)
+    if args.report:
+        return report(args.runs, device)
+    configs = [relabel.load_run(run)[1] for run in args.runs]
+    for run, config in zip(args.runs, configs):            # all checks of all runs before any work
+        jobs += [(run, network) for network in args.network or [config["settings"]["network"]]]
+        if (Path(run) / "result.json").exists() and not args.resume:
+            raise BadInput(f"{run}/result.json: in use: add --resume to add to it, or remove it")
+    for run in args.runs if not args.online else []:
+        labels = Path(run) / "labels"
+        if not labels.is_dir() or (args.resume and not squeeze.read_config(labels, "relabel",
+                                                                           unfinished=True)["artefacts"]):
+            flags = [run] + (["--epochs", str(args.epochs)] if args.epochs else []) + ["--resume"] * args.resume
+            print(f"{run}: no labels yet, so first: python relabel.py {' '.join(flags)}")
+            relabel.main(flags)
+    for run, network in jobs:
+        table.append((run, network, evaluate(run, network, args, device)))
+    print(f"\n{'run':44s} {'student':13s} {'averaged':>13s} {'raw':>13s} {'images':>10s} {'labels':>10s} {'time':>8s}")
+    for run, network, row in table:
+        print(f"{run:44s} {network:13s} {row['averaged']:6.2f} ± {row['averaged_std']:4.2f} {row['raw']:6.2f} ± "
+              f"{row['raw_std']:4.2f} {row['image_bytes'] / 1e6:7.2f} MB {row['label_bytes'] / 1e6:7.2f} MB "
+              f"{row['seconds']:6.0f} s")
+    print(f"top-1 test accuracy in %, last epoch, mean and deviation over {args.seeds} seeds; peak memory "
+          f"{squeeze.peak_memory(device):.0f} MB\nnext: the same with recover.py --iterations 0, the honest rival")
+
+
+if __name__ == "__main__":
+    squeeze.script(main)
