@@ -5,4 +5,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import squeeze  # noqa: E402
+
+squeeze.keep_freed_memory()
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -1,0 +1,238 @@
+"""Speed and memory of every stage against a plain reference and against the bare network; run by hand, never by pytest.
+
+    python tests/bench.py                      all cases that fit the device
+    python tests/bench.py --cases convnet-32-10 resnet18-32-100 --repetitions 5
+
+The reference step is the paper's, written the plain way: unfolded network, contiguous NCHW, float32, a covariance and two
+torch.linalg.solve a layer and side, the real side anew at each step. Before any timing both must give the same loss (1e-3)
+and the same image gradient (1e-2, relative) in float32. Repetitions are interleaved, since machines drift; a row is the median of the
+per-repetition ratios. Peak memory comes from one process per variant: CUDA's counter, or the resident set on a CPU.
+Prints a table and writes bench.json.
+"""
+import argparse
+import json
+import platform
+import statistics as stats
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import eval as evaluation
+import recover
+import relabel
+import spectral
+import squeeze
+
+CASES = {"convnet-32-10": ("convnet", 32, 10), "convnet-32-100": ("convnet", 32, 100), "resnet18-32-100": ("resnet18", 32, 100),
+         "resnet18-64-200": ("resnet18", 64, 200), "resnet18-224-500": ("resnet18", 224, 500), "resnet18-224-8": ("resnet18", 224, 8)}
+ALPHA, GAMMA = 0.1, 0.1
+
+
+def setup(case):
+    """Network (random weights, running statistics of real use), images, labels and real-side statistics for a case."""
+    name, size, B = CASES[case]
+    torch.manual_seed(0)
+    network = squeeze.build_network(name, 10, size)
+    network.train()
+    with torch.no_grad():
+        for _ in range(3):
+            network(torch.randn(16, 3, size, size))
+    network.to(squeeze.pick_device()).eval().requires_grad_(False)
+    images = squeeze.toy(-(-B // 10), 10, 0, size)[0][:B]
+    settings = dict(iterations=1, lr=0.1, gamma=GAMMA, signal="mean", no_emu=False, filter="cfm", schedule="constant", ipc=1,
+                    alpha_max=ALPHA)
+    teacher = dict(mean=[0.5] * 3, std=[0.25] * 3)
+    images = squeeze.normalise(images.to(squeeze.pick_device()), teacher["mean"], teacher["std"])
+    with spectral.collect_inputs(network, transform=spectral.covariance) as seen, torch.no_grad():
+        network(images.flip(-1).roll(3, 2)[: max(2, B // 2)])
+    real = {key: (psi.clone(), mean[:, None].clone()) for key, (psi, mean) in seen.items()}
+    return network, images, torch.arange(B, device=images.device) % 10, real, settings, teacher
+
+
+def reference_loss(network, view, labels, real):
+    """Eq. 19-20 as the paper writes them."""
+    with spectral.collect_inputs(network) as features:
+        logits = network(view)
+    loss = F.cross_entropy(logits, labels)
+    for name, x in features.items():
+        X = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+        mean = X.mean(0, keepdim=True)
+        psi, eye = (X - mean).T @ (X - mean) / len(X), torch.eye(X.shape[1], device=X.device)
+        real_psi, real_mean = real[name]
+        filters = [torch.linalg.solve(m + ALPHA * eye, eye) for m in (real_psi, psi)]
+        signals = [torch.linalg.solve(m + ALPHA * eye, v) for m, v in ((real_psi, real_mean), (psi, mean.T))]
+        loss = loss + GAMMA * (torch.linalg.norm(filters[0] - filters[1]) + torch.linalg.norm(signals[0] - signals[1]))
+    return loss
+
+
+def reference_steps(network, images, labels, real, settings, teacher, T):
+    images = images.contiguous(memory_format=torch.contiguous_format).clone().requires_grad_()
+    optimizer = torch.optim.Adam([images], settings["lr"], betas=(0.5, 0.9))
+    boxes, flips, rolls = recover.random_views(np.random.default_rng(0), T, len(images), images.shape[-1])
+    for t in range(T):
+        grid = squeeze.crop_grid(boxes[t].to(images.device), flips[t].to(images.device), images.shape[-1]).roll(rolls[t], (1, 2))
+        view = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+        loss = reference_loss(network, view, labels, real)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+def our_steps(network, images, labels, real, settings, teacher, T):
+    """recover.py's own loop, with what it prepares once a round."""
+    memory, classes = dict(b=0, psi={}, phi={}), torch.arange(10)
+    stacked = recover.stack(real)
+    pairs = [recover.cfm_pairs(0, settings) for _ in stacked]
+    targets = [recover.apply_pairs(p, *layer, 1) for p, layer in zip(pairs, stacked)]
+    settings = {**settings, "iterations": T}
+    with recover.layer_statistics(network, "conv", None, settings, None) as current:
+        recover.optimise(images.clone(), labels, network, lambda: recover.match(
+            pairs, targets, recover.join(memory, current, 0, classes, settings), classes, settings), settings, teacher,
+            np.random.default_rng(0), lambda *a: None)
+
+
+def bare_steps(network, images, labels, real, settings, teacher, T):
+    """The limit: the folded network forward and backward to the images, with cross-entropy alone and no views."""
+    images = images.clone().requires_grad_()
+    for _ in range(T):
+        with squeeze.autocast(images.device):
+            loss = F.cross_entropy(network(images).float(), labels)
+        images.grad, = torch.autograd.grad(loss, images)
+    loss.item()
+
+
+def check_agreement(case):
+    """Same loss to 1e-3 and same image gradient to 1e-2 in float32, on whole images."""
+    network, images, labels, real, settings, teacher = setup(case)
+    plain = images.contiguous(memory_format=torch.contiguous_format).clone().requires_grad_()
+    expected = reference_loss(network.to(memory_format=torch.contiguous_format), plain, labels, real)
+    wanted, = torch.autograd.grad(expected, plain)
+    squeeze.fold(network).to(memory_format=torch.channels_last)
+    leaf, stacked = images.clone().requires_grad_(), recover.stack(real)
+    pairs = [recover.cfm_pairs(0, settings) for _ in stacked]
+    targets = [recover.apply_pairs(p, *layer, 1) for p, layer in zip(pairs, stacked)]
+    with recover.layer_statistics(network, "conv", None, settings, None) as current:
+        logits = network(leaf)
+        loss = F.cross_entropy(logits, labels) + GAMMA * recover.match(pairs, targets, current, None, settings)
+    found, = torch.autograd.grad(loss, leaf)
+    errors = abs(loss - expected).item() / expected.item(), ((found - wanted).norm() / wanted.norm()).item()
+    assert errors[0] < 1e-3 and errors[1] < 1e-2, f"{case}: loss off by {errors[0]:.1e}, gradient by {errors[1]:.1e}"
+    return errors
+
+
+VARIANTS = {"reference": reference_steps, "ours": our_steps, "bare": bare_steps}
+
+
+def prepared(case, variant):
+    network, *rest = setup(case)
+    if variant == "reference":
+        return VARIANTS[variant], (network.to(memory_format=torch.contiguous_format), *rest)
+    return VARIANTS[variant], (squeeze.fold(network), *rest)
+
+
+def peak(case, variant):
+    """Peak memory in MB of a fresh process that takes three steps."""
+    out = subprocess.run([sys.executable, __file__, "--peak", case, variant], capture_output=True, text=True, check=True)
+    return float(out.stdout.split()[-1])
+
+
+def synchronise():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def timed(function, *args):
+    synchronise()
+    start = time.perf_counter()
+    function(*args)
+    synchronise()
+    return time.perf_counter() - start
+
+
+def recover_rows(cases, repetitions, T):
+    rows = []
+    for case in cases:
+        errors = check_agreement(case)
+        runs = {variant: prepared(case, variant) for variant in VARIANTS}
+        for function, args in runs.values():
+            function(*args, 1)
+        seconds = [{variant: timed(function, *args, T) / T for variant, (function, args) in runs.items()} for _ in range(repetitions)]
+        speedup = [s["reference"] / s["ours"] for s in seconds]
+        row = {"case": case, **{v: stats.median(s[v] for s in seconds) for v in VARIANTS}, "speedup": stats.median(speedup),
+               "spread": [min(speedup), max(speedup)], "over_bare": stats.median(s["ours"] / s["bare"] for s in seconds),
+               "memory": {v: peak(case, v) for v in VARIANTS}, "loss_error": errors[0], "gradient_error": errors[1]}
+        rows.append(row)
+        print(f"{case:18s} {1e3 * row['reference']:9.1f} {1e3 * row['ours']:9.1f} {1e3 * row['bare']:9.1f} ms   "
+              f"{row['speedup']:5.2f}x ({min(speedup):.2f}-{max(speedup):.2f})   {row['over_bare']:5.2f} of bare   "
+              f"{row['memory']['ours']:6.0f} / {row['memory']['reference']:6.0f} MB", flush=True)
+    return rows
+
+
+def stage_rows(repetitions, n=1000):
+    """Statistics, relabel and eval in images/s for ConvNet-128 at 32 px, each beside the bare network's rate."""
+    device = squeeze.pick_device()
+    images, labels = squeeze.toy(n // 10, 10, 0)
+    data = squeeze.Data("toy", [str(i) for i in range(10)], 32, squeeze.Split(images, labels), None, "")
+    network, teacher = squeeze.fold(squeeze.build_network("convnet", 10, 32).to(device)), dict(mean=[0.5] * 3, std=[0.25] * 3)
+    whole, views = images.to(device), relabel.draw_views(0, 0, n, 32, 0.08).to(device)
+    batch, student = squeeze.normalise(whole[:50], [0.5] * 3, [0.25] * 3), squeeze.build_network("convnet", 10, 32).to(device)
+    content = dict(images=images[:100], classes=data.classes, mean=[0.5] * 3, std=[0.25] * 3)
+    s = dict(network="convnet", ema=0.99, lr=1e-3, wd=1e-2, batch=50, epochs=5, schedule="stretched", hard=False, temperature=20.0)
+    answer = lambda epoch, views: torch.zeros(100, 10, device=device)
+
+    @torch.no_grad()
+    def forward(size):
+        for part in whole.split(size):
+            with squeeze.autocast(device):
+                network(squeeze.normalise(part, [0.5] * 3, [0.25] * 3))
+
+    def train():
+        for _ in range(10):
+            with squeeze.autocast(device):
+                loss = student(batch).float().square().mean()
+            loss.backward()
+    jobs = {"statistics": (lambda: squeeze.gather_statistics(network, data, [0.5] * 3, [0.25] * 3, device, 128), n, lambda: forward(128), n),
+            "relabel": (lambda: list(relabel.soft_labels(network, teacher, whole, views, 500)), n, lambda: forward(500), n),
+            "eval": (lambda: evaluation.train_student(content, answer, dict(keep_epochs=5, seed=0, scale=0.08), s, "bench", 0,
+                                                      Path("."), device), 500, train, 500)}
+    rows = []
+    for stage, (ours, count, bare, bare_count) in jobs.items():
+        ours(), bare()
+        pairs = [(count / timed(ours), bare_count / timed(bare)) for _ in range(repetitions)]
+        row = {"stage": stage, "images_per_second": stats.median(a for a, _ in pairs), "bare": stats.median(b for _, b in pairs),
+               "share": stats.median(a / b for a, b in pairs)}
+        rows.append(row)
+        print(f"{stage:18s} {row['images_per_second']:8.0f} images/s, bare network {row['bare']:8.0f}: {100 * row['share']:.0f} %", flush=True)
+    return rows
+
+
+def main():
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="*", choices=list(CASES),
+                        default=[case for case in CASES if case != ("resnet18-224-8" if cuda else "resnet18-224-500")])
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=20 if cuda else 2, help="steps a repetition")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    squeeze.keep_freed_memory()
+    if args.peak:
+        function, rest = prepared(*args.peak)
+        function(*rest, 3)
+        return print(squeeze.peak_memory(squeeze.pick_device()))
+    device = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    print(f"{device}, torch {torch.__version__}\n{'recover step':18s} {'reference':>9s} {'ours':>9s} {'bare':>9s}")
+    result = {"device": device, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
+              "recover": recover_rows(args.cases, args.repetitions, args.steps), "stages": stage_rows(args.repetitions)}
+    Path("bench.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

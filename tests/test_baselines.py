@@ -1,0 +1,157 @@
+"""baselines.py: each method's pairs against the method's own definition, in float64 on random data (paper, Section 3)."""
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import baselines
+import recover
+import relabel
+import squeeze
+from squeeze import BadInput
+from test_pipeline import here, one_line, teacher  # noqa: F401, fixtures
+
+S = dict(p=7, q=4, beta=0.3)
+SHAPES = [(5, 8), (40, 8)]                                 # n < C: FFC has a null space, and n > C
+
+
+@pytest.fixture(params=SHAPES, ids=["n<C", "n>C"])
+def sets(request):
+    """(H, Y) of a real and of a synthetic set, 3 classes."""
+    torch.manual_seed(0)
+    n, C = request.param
+    return [(torch.randn(m, C, dtype=torch.float64), F.one_hot(torch.arange(m) % 3, 3).double()) for m in (n, n - 2)]
+
+
+def same(a, b):
+    assert torch.linalg.norm(a - b) <= 1e-9 * torch.linalg.norm(b)
+
+
+def compared(method, sets, eta=None):
+    """What the method's pairs compare, real and synthetic, with the theory's FFC = H^T H and FLC = H^T Y."""
+    pairs = method(S, eta)
+    return [[out[0] for out in recover.apply_pairs(pairs, (H.T @ H)[None], (H.T @ Y)[None], side)] for side, (H, Y) in
+            enumerate(sets, 1)]
+
+
+def test_dm_compares_class_sums(sets):
+    for (H, Y), (signal,) in zip(sets, compared(baselines.dm, sets)):
+        same(signal, torch.stack([H[Y[:, c] == 1].sum(0) for c in range(3)], 1))
+
+
+def test_dc_pairs_bound_the_difference_of_gradients_of_a_linear_head(sets):
+    (ffc, flc), (ffc_s, flc_s) = compared(baselines.dc, sets)
+    for _ in range(20):
+        W, gradients = torch.randn(8, 3, dtype=torch.float64), []
+        for H, Y in sets:
+            leaf = W.clone().requires_grad_()
+            (((H @ leaf - Y) ** 2).sum() / 2).backward()
+            gradients.append(leaf.grad)
+        same(gradients[0], ffc @ W - flc)                  # Eq. 4
+        same(gradients[1], ffc_s @ W - flc_s)
+        bound = torch.linalg.norm(ffc - ffc_s) * torch.linalg.norm(W) + torch.linalg.norm(flc - flc_s)
+        assert torch.linalg.norm(gradients[0] - gradients[1]) <= bound      # Eq. 5
+
+
+def test_covm_has_dcs_pairs(sets):
+    for dc, covm in zip(compared(baselines.dc, sets), compared(baselines.covm, sets)):
+        same(dc[0], covm[1])
+        same(dc[1], covm[0])
+
+
+def test_mtt_pairs_are_gradient_descent(sets):
+    """p real and q synthetic full-batch steps from the same W_0, by a loop (Eq. 6-8)."""
+    eta = 1 / max(torch.linalg.eigvalsh(H.T @ H)[-1] for H, _ in sets)
+    W0 = torch.randn(8, 3, dtype=torch.float64)
+    for (H, Y), steps, (before_start, learned) in zip(sets, (S["p"], S["q"]), compared(baselines.mtt, sets, eta[None, None])):
+        W = W0.clone()
+        for _ in range(steps):
+            W -= eta * H.T @ (H @ W - Y)
+        same(before_start @ W0 + learned, W)
+
+
+def test_frepo_is_kernel_ridge_regression(sets):
+    """Through the Gram matrix (Eq. 13) and through FFC (Eq. 14); then the identity between them by itself (Eq. 26-27)."""
+    for (H, Y), (weights,) in zip(sets, compared(baselines.frepo, sets)):
+        same(weights, H.T @ torch.linalg.solve(H @ H.T + S["beta"] * torch.eye(len(H), dtype=torch.float64), Y))
+    B = torch.randn(6, 9, dtype=torch.float64)
+    eye = [torch.eye(n, dtype=torch.float64) for n in (6, 9)]
+    same(torch.linalg.inv(B.T @ B + 0.1 * eye[1]) @ B.T, B.T @ torch.linalg.inv(B @ B.T + 0.1 * eye[0]))
+
+
+def test_sre2l_pairs_are_batchnorms_statistics():
+    torch.manual_seed(0)
+    stats = []
+    for n in (6, 4):
+        x = torch.randn(n, 5, 3, 3, dtype=torch.float64) * 2 + 1
+        norm = torch.nn.BatchNorm2d(5, momentum=1.0).double()
+        norm(x)
+        count = n * 9
+        psi, mean = recover.spectral.covariance(x)
+        side = 1 if n == 6 else 2
+        stats.append((norm.running_var * (count - 1) / count, norm.running_mean,
+                      recover.apply_pairs(baselines.sre2l(S, None), psi[None], mean[None, :, None], side)))
+    (var, mu, real), (var_s, mu_s, syn) = stats
+    same((real[0] - syn[0]).flatten(), var - var_s)
+    same((real[1] - syn[1]).flatten(), mu - mu_s)
+
+
+def test_responses_agree_with_the_papers_table():
+    """Low-pass: f rises with lambda; high-pass: f falls. DM's f is flat: it weights every direction of FLC alike, and the
+    paper calls it low-pass since the unweighted signal is largest where lambda is: what dominates is low frequency."""
+    lam = torch.linspace(0, 4, 101, dtype=torch.float64)
+
+    def band(f):
+        slope = f(lam).diff()
+        return "flat" if slope.abs().max() < 1e-12 else "low" if (slope >= 0).all() else "high" if (slope <= 0).all() else "mixed"
+    expected = {"dm": {"flat"}, "sre2l": {"low", "flat"}, "dc": {"low", "flat"}, "covm": {"low", "flat"}, "mtt": {"high"},
+                "frepo": {"high"}}
+    eta = torch.tensor([[0.25]], dtype=torch.float64)
+    for name, (method, _) in baselines.METHODS.items():
+        for side in (1, 2):
+            assert {band(lambda x: pair[side](x[None])[0]) for pair in method(S, eta)} == expected[name]
+    for k in range(5):
+        pairs = recover.cfm_pairs(k, dict(filter="cfm", ipc=5, alpha_max=0.1, schedule="cosine"))
+        assert {band(pair[1]) for pair in pairs} == {"high"}
+    (g, f, _), _ = recover.cfm_pairs(0, dict(filter="low"))
+    assert g == "I" and band(f) == "low"
+
+
+def test_dm_signal_follows_large_eigenvalues():
+    """Why flat is low: of a signal H^T Y with unit labels, the part along eigenvector i has size sqrt(lambda_i)."""
+    torch.manual_seed(0)
+    H = torch.randn(300, 6, dtype=torch.float64) * torch.tensor([8, 4, 2, 1, 0.5, 0.25], dtype=torch.float64)
+    lam, U = torch.linalg.eigh(H.T @ H)
+    power = torch.stack([(U.T @ (H.T @ torch.randn(300, 1, dtype=torch.float64)))[:, 0] ** 2 for _ in range(2000)]).mean(0)
+    assert np.allclose(power, lam, rtol=0.2)
+
+
+@pytest.mark.parametrize("method", baselines.METHODS)
+def test_every_method_runs_on_toy_images(here, method):  # noqa: F811
+    baselines.main(["--method", method, "--ipc", "2", "--iterations", "6"])
+    run = f"runs/toy-convnet/{method}-ipc2-iterations6"
+    content, config, _ = relabel.load_run(run)
+    real = squeeze.toy(1000, 4, 0)[0][[0, 1000, 2000, 3000]]
+    assert content["images"].shape == (8, 3, 32, 32) and (content["images"][:4] != real).any()
+    assert config["settings"]["method"] == method and config["settings"]["signal"] == ("mean" if method == "sre2l" else "class")
+
+
+def test_last_layer_on_request(here):  # noqa: F811
+    baselines.main(["--method", "frepo", "--ipc", "2", "--iterations", "3", "--layers", "last"])
+    assert torch.load("runs/toy-convnet/frepo-ipc2-iterations3-layerslast/images.pt", weights_only=True)["images"].shape[0] == 8
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--method", "kip"], ["--method", "kip", "frepo"]), ([], ["--method"]), (["--method", "mtt", "--p", "0"], ["--p", ">= 1"]),
+    (["--method", "mtt", "--q", "0"], ["--q"]), (["--method", "frepo", "--beta", "0"], ["--beta", "> 0"]),
+    (["--method", "frepo", "--beta", "-1"], ["--beta"]), (["--method", "mtt", "--eta", "1e6"], ["--eta", "diverges", "at most"])])
+def test_bad_flags(here, flags, words):  # noqa: F811
+    one_line(baselines.main, flags, *words)
+
+
+def test_the_largest_stable_rate_is_accepted(here):  # noqa: F811
+    try:
+        baselines.main(["--method", "mtt", "--eta", "1e6", "--ipc", "1"])
+    except BadInput as error:
+        most = float(str(error).split("at most ")[1].split(",")[0])
+    baselines.main(["--method", "mtt", "--eta", str(0.99 * most), "--ipc", "1", "--iterations", "2"])
