@@ -3,7 +3,7 @@
 "Understanding Dataset Distillation via Spectral Filtering" (Bo, Liu, Wang; ICLR 2026; arXiv 2503.01212) shows that many
 distillation objectives compare two matrices of a frozen network's features, after the same spectral filter:
 
-    min over X_s of  || f(FFC) g(FLC) - f(FFC_s) g(FLC_s) ||,    g = I (match filters)  or  g(x) = x (match signals)  (Eq. 1)
+    min over X_s of  || f(FFC) g(FLC) - f(FFC_s) g(FLC_s) ||,   g = I (match filters) or g(x) = x (match signals)  (Eq. 1)
 
 Letters, fixed for the whole project:
     B batch   C channels   H W pixels   T tokens   K classes   N = K * IPC synthetic images   n rows of a feature matrix
@@ -73,7 +73,7 @@ def rows(features, layout="map"):
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} found, must be one of {', '.join(LAYOUTS)}")
     if features.ndim != len(LAYOUTS[layout].split("->")[0].split()) or features.numel() == 0:
-        raise ValueError(f"layout {layout!r} takes {LAYOUTS[layout].split(' ->')[0]}, found shape {tuple(features.shape)}")
+        raise ValueError(f"layout {layout!r} takes {LAYOUTS[layout].split(' ->')[0]}, found {tuple(features.shape)}")
     if features.dtype in (torch.float16, torch.bfloat16):
         features = features.float()
     return rearrange(features, LAYOUTS[layout])
@@ -83,8 +83,9 @@ def rows(features, layout="map"):
 # FFC and FLC (Eq. 15-16)
 
 class _Covariance(torch.autograd.Function):
-    """X [n, C] -> covariance [C, C] and mean [C]. Autograd's own backward would multiply X twice and keep a centred copy;
-    written out, dL/dX = X A + 1 b^T with A = (G + G^T)/n and b = g/n - A mean is one product with the X that is there."""
+    """X [n, C] -> covariance [C, C] and mean [C]. Autograd's own backward would multiply X twice and keep a centred
+    copy; written out, dL/dX = X A + 1 b^T with A = (G + G^T)/n and b = g/n - A mean is one product with the X that is
+    there."""
 
     @staticmethod
     def forward(ctx, X):
@@ -103,7 +104,7 @@ class _Covariance(torch.autograd.Function):
 def covariance(features, layout="map"):
     """(FFC, mean) in one go: Psi = X^T X / n - m m^T [C, C] and m = X^T 1 / n [C], with X = rows(features).
 
-    X is neither copied nor centred, so the error of Psi in float32 is about 1e-7 (1 + |m|^2 / variance); features behind
+    X is neither copied nor centred, so in float32 its error grows with |m|^2 / variance; features behind
     a ReLU lose nothing by it. Steps out of autocast. Differentiable.
     """
     X = rows(features, layout)
@@ -141,19 +142,22 @@ class Statistics(NamedTuple):
 
 
 def statistics(features, labels, layout="map"):
-    """The Statistics of one batch, without gradient. labels: Y [B, K]. The large product runs in the features' precision,
-    centred first (this pass can afford the copy), the sums over batches in float64."""
+    """The Statistics of one batch, without gradient. labels: Y [B, K].
+
+    Centred first (this pass can afford the copy), products in the features' precision over blocks of rows, their sum in
+    float64: a float32 sum over 10^5 rows in one go was off by 2e-5.
+    """
     X = rows(features.detach(), layout)
     with torch.autocast(X.device.type, enabled=False):
         mean = X.mean(0, dtype=torch.float64)
         centred = X - mean.to(X.dtype)
-        psi = (centred.T @ centred).double() / len(X)
+        psi = sum((block.T @ block).double() for block in centred.split(4096)) / len(X)
         return Statistics(len(X), mean, psi, flc(features.detach(), labels, layout).double())
 
 
 def merge(a, b):
     """The Statistics of two disjoint sets together, exactly: any split into batches, in any order, gives the global
-    covariance (Chan, Golub, LeVeque 1979). Averaging the batches' covariances would lose what lies between their means."""
+    covariance (Chan, Golub, LeVeque 1979). Averaging the batches' covariances loses what lies between their means."""
     n, w = a.count + b.count, b.count / (a.count + b.count)
     shift = b.mean - a.mean
     between = w * (1 - w) * torch.outer(shift, shift)
@@ -161,8 +165,8 @@ def merge(a, b):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Filters f(FFC) = U f(Lambda) U^T. A filter is a function of the eigenvalues; these are the named ones. Where f(FFC) can be
-# had without eigenvalues, the filter carries that shortcut as f.matrix, and `apply_filter` takes it.
+# Filters f(FFC) = U f(Lambda) U^T. A filter is a function of the eigenvalues; these are the named ones. Where f(FFC)
+# can be had without eigenvalues, the filter carries that shortcut as f.matrix, and `apply_filter` takes it.
 
 def identity():
     """f = 1: the all-pass filter, f(FFC) = I (DM)."""
@@ -195,7 +199,7 @@ def ridge(alpha):
 def gradient_descent(eta, p):
     """f = (1 - eta lambda)^p: what p steps of gradient descent at rate eta leave of the start (MTT, Eq. 8).
 
-    Stable for eta * lambda <= 2. ValueError unless eta > 0 and p >= 1."""
+    Stable for eta * lambda <= 2. eta: a number, or [..., 1] for one a layer. ValueError unless eta > 0 and p >= 1."""
     check_descent(eta, p)
     return lambda lam: (1 - eta * lam) ** p
 
@@ -215,7 +219,7 @@ def gradient_descent_sum(eta, p):
 
 
 def check_descent(eta, p):
-    if not (eta > 0 and p >= 1 and p == int(p)):
+    if not (torch.as_tensor(eta > 0).all() and p >= 1 and p == int(p)):
         raise ValueError(f"eta must be > 0 and p a whole number >= 1, found eta = {eta}, p = {p}")
 
 
@@ -243,8 +247,9 @@ class _SpectralFilter(torch.autograd.Function):
                 value = ctx.f(x)
                 return torch.autograd.grad(value.sum(), x)[0] if value.requires_grad else torch.zeros_like(x)
 
-        # Gamma_ij is the mean of f' between the two eigenvalues: by Simpson's rule when they are close, as a difference of
-        # f when they are not. Whichever has the smaller error: the rule's last correction, or rounding over the gap.
+        # Gamma_ij is the mean of f' between the two eigenvalues: by Simpson's rule when they are close, as a
+        # difference of f when they are not. Whichever has the smaller error: the rule's last correction, or rounding
+        # over the gap.
         ends, value = slope(lam), ctx.f(lam)
         trapezoid = (ends.unsqueeze(-1) + ends.unsqueeze(-2)) / 2
         correction = 2 / 3 * (slope((a + b) / 2) - trapezoid)
@@ -292,7 +297,8 @@ def apply_filter(ffc, f):
 
 
 def ridge_filter(ffc, alpha):
-    """(Psi + alpha I)^-1 [..., C, C] (Eq. 18) by Cholesky, what recover.py runs at every step. ValueError unless alpha > 0."""
+    """(Psi + alpha I)^-1 [..., C, C] (Eq. 18) by Cholesky, what recover.py runs at every step. ValueError unless
+    alpha > 0."""
     return apply_filter(ffc, ridge(alpha))
 
 
@@ -316,8 +322,9 @@ def emu(previous, current, b):
 
 
 def alpha_schedule(k, T, alpha_max, kind="cosine"):
-    """Eq. 18: alpha_k = alpha_max (1 + cos(pi k / T)) / 2 for k = 0 .. T-1, from alpha_max (low frequencies pass) toward
-    0 (high ones do). kind: cosine, or the ablations linear, alpha_max (1 - k/T), and constant. ValueError otherwise."""
+    """Eq. 18: alpha_k = alpha_max (1 + cos(pi k / T)) / 2 for k = 0 .. T-1, from alpha_max (low frequencies pass)
+    toward 0 (high ones do). kind: cosine, or the ablations linear, alpha_max (1 - k/T), and constant. ValueError
+    otherwise."""
     if not 0 <= k < T or kind not in ("cosine", "linear", "constant"):
         raise ValueError(f"0 <= k < T and kind cosine, linear or constant; found k = {k}, T = {T}, kind = {kind!r}")
     return alpha_max * {"cosine": (1 + math.cos(math.pi * k / T)) / 2, "linear": 1 - k / T, "constant": 1.0}[kind]
@@ -329,5 +336,6 @@ def filter_loss(filter_real, filter_syn):
 
 
 def signal_loss(filtered_real, filtered_syn):
-    """Eq. 19, g(x) = x: || f(Psi) Phi - f(Psi_s) Phi_s ||_2 of filtered signals [..., C, K] (K = 1 for means). Not squared."""
+    """Eq. 19, g(x) = x: || f(Psi) Phi - f(Psi_s) Phi_s ||_2 of filtered signals [..., C, K] (K = 1 for means). Not
+    squared."""
     return torch.linalg.vector_norm(filtered_real - filtered_syn, dim=(-2, -1))

@@ -1,5 +1,4 @@
 """Tests run from anywhere: the six scripts are one folder up."""
-import os
 import sys
 from pathlib import Path
 
@@ -9,4 +8,3 @@ sys.path.insert(0, str(ROOT))
 import squeeze  # noqa: E402
 
 squeeze.keep_freed_memory()
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
