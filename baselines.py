@@ -31,7 +31,7 @@ def dm(s, eta):
 
 
 def sre2l(s, eta):
-    """Eq. 3: BatchNorm's statistics, || diag FFC - diag FFC_s || + || mean - mean_s ||."""
+    """Eq. 3: BatchNorm's statistics, || diag FFC - diag FFC_s || + || mean - mean_s || of (here) convolution inputs."""
     return [("diag", low_pass(), low_pass()), ("x", identity(), identity())]
 
 
@@ -77,7 +77,7 @@ def step_size(s, psi):
         return 1 / largest
     if s["eta"] * largest.max() > 2:
         raise BadInput(f"--eta {s['eta']}: gradient descent diverges, eta * lambda is {s['eta'] * largest.max():.3g}: "
-                       f"use at most {2 / largest.max():.3g}, or leave it out")
+                       f"here at most {2 / largest.max():.3g}, or leave it out to have it chosen")
     return s["eta"] * torch.ones_like(largest)
 
 
@@ -94,13 +94,17 @@ def parse(argv):
     recover.add_flags(parser)
     parser.add_argument("--eta", type=number(float, 0, strict=True),
                         help="mtt: rate (default: 1 / lambda_max of each layer)")
-    parser.add_argument("--p", type=number(int, 1), default=10, help="mtt: steps on the real side (default 10)")
-    parser.add_argument("--q", type=number(int, 1), default=10, help="mtt: steps on the synthetic side (default 10)")
-    parser.add_argument("--beta", type=number(float, 0, strict=True), default=0.01,
+    parser.add_argument("--p", type=number(int, 1), help="mtt: steps on the real side (default 10)")
+    parser.add_argument("--q", type=number(int, 1), help="mtt: steps on the synthetic side (default 10)")
+    parser.add_argument("--beta", type=number(float, 0, strict=True),
                         help="frepo: ridge, > 0 (default 0.01)")
     parser.add_argument("--layers", choices=["conv", "last"], default="conv",
                         help="all convolutions' inputs, as CFM, or the last linear layer's alone, the theory's H")
     args = parser.parse_args(argv)
+    for flag, owner, default in (("eta", "mtt", None), ("p", "mtt", 10), ("q", "mtt", 10), ("beta", "frepo", 0.01)):
+        if getattr(args, flag) is not None and args.method != owner:
+            raise BadInput(f"--{flag} is for --method {owner}, found {args.method}: leave it out")
+        setattr(args, flag, getattr(args, flag) or default)
     args.signal = METHODS[args.method][1]
     return args
 

@@ -10,7 +10,6 @@ the exponential average of the weights (0.99 a step). Raw last epochs swing by p
 neither is used. Missing labels are made first. Writes RUN/result.json.
 """
 import argparse
-import json
 import math
 import time
 from pathlib import Path
@@ -50,10 +49,10 @@ def student_loss(logits, target, s):
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
-def answers(run, content, config, parent, label_settings, s, device):
+def answers(run, content, images, parent, label_settings, s, device):
     """answer(epoch, views) -> what the students are to say to an epoch's views, [N, K]: the stored logits; with
     --online the teacher's, asked now (rounded as if stored); with --hard one-hot labels, mixed by area."""
-    K, images, size = len(content["classes"]), content["images"].to(device), content["images"].shape[-1]
+    K, size = len(content["classes"]), images.shape[-1]
     hot = F.one_hot(content["labels"], K).float().to(device)
     if s["online"]:
         network, teacher, _ = squeeze.load_teacher(parent, device)
@@ -69,17 +68,20 @@ def answers(run, content, config, parent, label_settings, s, device):
     return answer
 
 
-def train_student(content, answer, label_settings, s, name, seed, folder, device):
-    """One student, from scratch or from its checkpoint: (student, averaged student, seconds)."""
-    images, K = content["images"].to(device), len(content["classes"])
-    N, size, checkpoint = len(images), images.shape[-1], folder / f"student-{name}-{seed}.pt"
+def train_student(content, images, answer, label_settings, s, identity, seed, checkpoint):
+    """One student, from scratch or from its checkpoint: (student, averaged student, seconds).
+
+    images: uint8, on the device. identity: what a checkpoint must have been made with to be continued."""
+    device, K, N, size = images.device, len(content["classes"]), len(images), images.shape[-1]
     torch.manual_seed(seed)
     student = squeeze.build_network(s["network"], K, size).to(device)
     average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(s["ema"]), use_buffers=True)
     optimizer = torch.optim.AdamW(student.parameters(), s["lr"], weight_decay=s["wd"])
     steps, first, before = math.ceil(N / s["batch"]), 0, 0.0
     if checkpoint.is_file():
-        state = torch.load(checkpoint, weights_only=True, map_location=device)
+        state = squeeze.load_state(checkpoint)
+        if state["identity"] != identity:
+            raise BadInput(f"{checkpoint}: a student of other labels or settings: remove it")
         student.load_state_dict(state["student"]), average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         first, before = state["epoch"], state["seconds"]
@@ -103,10 +105,11 @@ def train_student(content, answer, label_settings, s, name, seed, folder, device
             average.update_parameters(student)
         if time.time() - saved > 60:
             saved, seconds = time.time(), before + time.time() - start
-            squeeze.save(checkpoint, dict(student=student.state_dict(), average=average.state_dict(), epoch=epoch + 1,
-                                          optimizer=optimizer.state_dict(), seconds=seconds))
-            print(f"{folder.name}: {name} seed {seed} epoch {epoch + 1}/{s['epochs']}  loss {loss.item():.4f}  "
-                  f"{(s['epochs'] - epoch - 1) * (time.time() - start) / (epoch + 1 - first) / 60:.1f} min left",
+            rate = (time.time() - start) / (epoch + 1 - first) / 60
+            squeeze.save(checkpoint, dict(identity=identity, student=student.state_dict(), average=average.state_dict(),
+                                          optimizer=optimizer.state_dict(), epoch=epoch + 1, seconds=seconds))
+            print(f"{checkpoint.parent.name}: {s['network']} seed {seed} epoch {epoch + 1}/{s['epochs']}  "
+                  f"loss {loss.item():.4f}  {(s['epochs'] - epoch - 1) * rate:.1f} min left",
                   flush=True)
     return student, average.module, before + time.time() - start
 
@@ -121,50 +124,61 @@ def recipe_name(s, defaults):
 
 
 def label_source(run, config, args):
-    """Settings and bytes of the labels a run's students learn from: RUN/labels, checked, or with --online none."""
-    preset = relabel.PRESETS[config["settings"]["dataset"]]
-    if args.online:
-        return {**preset, "epochs": args.epochs or preset["epochs"], "keep_epochs": args.epochs or preset["epochs"],
-                "seed": 0}, 0
-    labels_config = squeeze.read_config(Path(run) / "labels", "relabel")
-    if labels_config["inputs"]["images.pt"] != config["artefacts"]["images.pt"]:
-        raise BadInput(f"{Path(run) / 'labels'}: made for other images: remove the folder and relabel again")
-    if (args.epochs or 0) > labels_config["settings"]["epochs"]:
-        raise BadInput(f"--epochs {args.epochs}: {Path(run) / 'labels'} holds {labels_config['settings']['epochs']}: "
-                       "relabel with more")
-    for name in labels_config["artefacts"]:
-        squeeze.checked(Path(run) / "labels", name, labels_config)
-    return labels_config["settings"], labels_config["results"]["label_bytes"]
+    """Settings, hash and bytes of the labels a run's students learn from: RUN/labels, checked, or with --online and
+    --hard, which need none stored, the preset's."""
+    folder, preset = Path(run) / "labels", relabel.PRESETS[config["settings"]["dataset"]]
+    if args.online or args.hard:
+        epochs = args.epochs or preset["epochs"]
+        return {**preset, "epochs": epochs, "keep_epochs": epochs, "seed": 0}, "", 0
+    labels = squeeze.read_config(folder, "relabel")
+    if labels["inputs"]["images.pt"] != config["artefacts"]["images.pt"]:
+        raise BadInput(f"{folder}: made for other images: remove the folder and relabel again")
+    if (args.epochs or 0) > labels["settings"]["epochs"]:
+        raise BadInput(f"--epochs {args.epochs}: {folder} holds {labels['settings']['epochs']}: relabel with more")
+    for name in labels["artefacts"]:
+        squeeze.checked(folder, name, labels)
+    return labels["settings"], labels["artefacts"]["soft_labels.npy"], labels["results"]["label_bytes"]
 
 
-def evaluate(run, network, args, device):
+def test_set(run, args):
+    """The data set of a run, checked to be the teacher's, its test split in memory if it is small."""
+    content, config, _ = relabel.load_run(run)
+    s = config["settings"]
+    data = squeeze.load_data(s["dataset"], args.data or s["data"], content["images"].shape[-1], len(content["classes"]))
+    squeeze.check_data(data, content, config)
+    return data._replace(test=squeeze.in_memory(data, data.test))
+
+
+def evaluate(run, network, data, args, device):
     """All seeds of one student network on one run; result.json after each seed. Returns the row of the table."""
     content, config, parent = relabel.load_run(run)
-    dataset, folder, N = config["settings"]["dataset"], Path(run), len(content["images"])
-    label_settings, label_bytes = label_source(run, config, args)
-    defaults = {**vars(parse([run])), "epochs": label_settings["epochs"], "batch": min(BATCH[dataset](N), N)}
+    dataset, folder, images = config["settings"]["dataset"], Path(run), content["images"].to(device)
+    label_settings, label_hash, label_bytes = label_source(run, config, args)
+    defaults = {**vars(parse([run])), "epochs": relabel.PRESETS[dataset]["epochs"],
+                "batch": min(BATCH[dataset](len(images)), len(images))}
     s = {key: defaults[key] if value is None else value for key, value in vars(args).items()}
-    s.update(network=network, batch=min(s["batch"], N))
-    data = squeeze.load_data(dataset, s["data"] or config["settings"]["data"], content["images"].shape[-1],
-                             len(content["classes"]))
-    squeeze.check_data(data, content, config)
-    data = data._replace(test=squeeze.in_memory(data, data.test))
+    s.update(network=network, batch=min(s["batch"], len(images)), epochs=args.epochs or label_settings["epochs"])
     path, name = folder / "result.json", recipe_name(s, defaults)
-    result = json.loads(path.read_text()) if path.is_file() else {}
-    row = result.setdefault(name, {"settings": {key: s[key] for key in RECIPE}, "seeds": {}})
-    answer = answers(run, content, config, parent, label_settings, s, device)
+    identity = {"settings": {key: s[key] for key in ("network", *RECIPE)}, "views": label_settings,
+                "labels": label_hash, "images": config["artefacts"]["images.pt"]}
+    result = squeeze.read_json(path)
+    row = result.setdefault(name, {**identity, "seeds": {}})
+    if any(row.get(key) != identity[key] for key in identity):
+        raise BadInput(f"{path}: {name} there is of other labels, images or settings: remove it to evaluate anew")
+    answer = answers(run, content, images, parent, label_settings, s, device)
     for seed in range(s["seeds"]):
         if str(seed) not in row["seeds"]:
-            raw, averaged, seconds = train_student(content, answer, label_settings, s, name, seed, folder, device)
+            checkpoint = folder / f"student-{name}-{seed}.pt"
+            raw, averaged, seconds = train_student(content, images, answer, label_settings, s, identity, seed,
+                                                   checkpoint)
             score, raw_score = (squeeze.accuracy(net, data, content["mean"], content["std"], device)
                                 for net in (averaged, raw))
             row["seeds"][str(seed)] = {"averaged": score, "raw": raw_score, "seconds": seconds}
             print(f"{run}: {name} seed {seed}: {score:.2f} % averaged, {raw_score:.2f} % raw, {seconds:.0f} s",
                   flush=True)
-            row.update(summary(list(row["seeds"].values())), images=config["artefacts"]["images.pt"],
-                       image_bytes=content["images"].numel(), label_bytes=label_bytes)
+            row.update(summary(list(row["seeds"].values())), image_bytes=images.numel(), label_bytes=label_bytes)
             squeeze.save(path, result)
-            (folder / f"student-{name}-{seed}.pt").unlink(missing_ok=True)
+            checkpoint.unlink(missing_ok=True)
     return row
 
 
@@ -172,8 +186,8 @@ def export(run, target):
     """The run's images as lossless PNGs, target/<class>/<position>.png, for torchvision's ImageFolder or any other
     code."""
     content, target = relabel.load_run(run)[0], Path(target)
-    if target.exists() and any(target.iterdir()):
-        raise BadInput(f"--export {target}: not empty: name a new folder")
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise BadInput(f"--export {target}: not an empty folder: name a new one")
     seen = [0] * len(content["classes"])
     for image, label in zip(content["images"], content["labels"].tolist()):
         folder = target / content["classes"][label]
@@ -199,10 +213,11 @@ def radial_psd(images):
     """Radially averaged power spectral density of uint8 [N, 3, S, S]: (radius [R] in cycles per image, mean power at
     that radius [R], share of power above half the Nyquist radius). Each image has its mean removed and unit total
     power."""
-    x = images.float()
-    power = torch.fft.fft2(x - x.mean((2, 3), keepdim=True)).abs().square().sum(1)
-    power = (power / power.sum((1, 2), keepdim=True).clamp(min=1e-12)).mean(0)
-    S = images.shape[-1]
+    S, power = images.shape[-1], 0
+    for part in images.split(500):
+        x = part.float()
+        x = torch.fft.fft2(x - x.mean((2, 3), keepdim=True)).abs().square().sum(1)
+        power = power + (x / x.sum((1, 2), keepdim=True).clamp(min=1e-12)).sum(0) / len(images)
     f = torch.fft.fftfreq(S) * S
     radius = torch.sqrt(f[:, None] ** 2 + f[None] ** 2)
     ring, inside = radius.round().long().flatten(), S // 2 + 1
@@ -257,10 +272,10 @@ def responses(s, psi):
         return {}
     lam = torch.linalg.eigvalsh(psi).clamp(min=0)
     if "method" in s:
-        pairs = {s["method"]: baselines.pairs_for(s)(0, psi[None])}
+        pairs = {"": baselines.pairs_for(s)(0, psi[None])}
     else:
         rounds = (0, s["ipc"] - 1) if s["filter"] == "cfm" and s["ipc"] > 1 else (0,)
-        pairs = {s["filter"] + (f" round {k + 1}" if len(rounds) > 1 else ""): recover.cfm_pairs(k, s) for k in rounds}
+        pairs = {f" round {k + 1}" if len(rounds) > 1 else "": recover.cfm_pairs(k, s) for k in rounds}
     return {f"{name}, g = {g}": (lam.tolist(), f(lam[None])[0].tolist()) for name, group in pairs.items() for g, f,
             _ in
             ({pair[0]: pair for pair in group}.values() if "method" in s else group[:1])}
@@ -287,7 +302,8 @@ def report(runs, device):
                           seconds=run_config["results"].get("seconds"))
         curves[name] = radius.tolist(), power.tolist()
         if "iterations" in run_config["settings"]:
-            filters.update(responses(run_config["settings"], statistics["layers"][layer]["ffc"]))
+            found = responses(run_config["settings"], statistics["layers"][layer]["ffc"])
+            filters.update({f"{name}{label}": curve for label, curve in found.items()})
         by_round = images.view(ipc, K, *images.shape[1:]) if len(images) == ipc * K else images[None, :K]
         tiles += [by_round[k, c % K] for k in (0, len(by_round) - 1) for c in range(10)]
         save_image(make_grid(by_round[:, :10].transpose(0, 1).flatten(0, 1).float() / 255, nrow=len(by_round),
@@ -349,26 +365,26 @@ def main(argv):
         return export(args.runs[0], args.export)
     if args.report:
         return report(args.runs, device)
-    configs = [relabel.load_run(run)[1] for run in args.runs]
-    for run, config in zip(args.runs, configs):            # all checks of all runs before any work
+    stored = not (args.online or args.hard)
+    for run in args.runs:                                  # all checks of all runs before any work
+        config, folder = relabel.load_run(run)[1], Path(run)
         jobs += [(run, network) for network in args.network or [config["settings"]["network"]]]
-        if (Path(run) / "result.json").exists() and not args.resume:
-            raise BadInput(f"{run}/result.json: in use: add --resume to add to it, or remove it")
-    for run in args.runs if not args.online else []:
-        labels = Path(run) / "labels"
-        if not labels.is_dir() or (args.resume and not squeeze.read_config(labels, "relabel",
-                                                                           unfinished=True)["artefacts"]):
-            flags = [run] + (["--epochs", str(args.epochs)] if args.epochs else []) + ["--resume"] * args.resume
-            print(f"{run}: no labels yet, so first: python relabel.py {' '.join(flags)}")
-            relabel.main(flags)
+        if not args.resume and ((folder / "result.json").exists() or list(folder.glob("student-*.pt"))):
+            raise BadInput(f"{run}: its result.json or student-*.pt is in use: add --resume to add to it, or remove it")
+        if stored and (folder / "labels").is_dir() and squeeze.read_config(
+                folder / "labels", "relabel", args.resume)["artefacts"]:
+            label_source(run, config, args)
+    sets = {run: test_set(run, args) for run in args.runs}
+    for run in args.runs if stored else []:
+        relabel.ensure(run, args.epochs, args.resume)
     for run, network in jobs:
-        table.append((run, network, evaluate(run, network, args, device)))
+        table.append((run, network, evaluate(run, network, sets[run], args, device)))
     print(f"\n{'run':44s} {'student':13s} {'averaged':>13s} {'raw':>13s} {'images':>10s} {'labels':>10s} {'time':>8s}")
     for run, network, row in table:
         print(f"{run:44s} {network:13s} {row['averaged']:6.2f} ± {row['averaged_std']:4.2f} {row['raw']:6.2f} ± "
               f"{row['raw_std']:4.2f} {row['image_bytes'] / 1e6:7.2f} MB {row['label_bytes'] / 1e6:7.2f} MB "
               f"{row['seconds']:6.0f} s")
-    print(f"top-1 test accuracy in %, last epoch, mean and deviation over {args.seeds} seeds; peak memory "
+    print(f"top-1 test accuracy in %, last epoch, mean and deviation over {len(row['seeds'])} seeds; peak memory "
           f"{squeeze.peak_memory(device):.0f} MB\nnext: the same with recover.py --iterations 0, the honest rival")
 
 

@@ -50,7 +50,7 @@ def cfm_pairs(k, s):
 
 
 def alpha_of_round(k, s):
-    """alpha_k. high: alpha_max / 100 throughout, about where the curriculum of IPC 10 ends; low: none, f is lambda."""
+    """alpha_k. high: alpha_max / 100 throughout, a fixed sharp filter; low: none, f is lambda."""
     if s["filter"] == "low":
         return None
     if s["filter"] == "high":
@@ -182,6 +182,25 @@ def optimise(images, labels, network, matching_loss, s, teacher, rng, report):
     return images.detach()
 
 
+@torch.no_grad()
+def view_statistics(images, network, current, teacher, rng, views=10):
+    """What EMU remembers of a finished batch: {layer: (psi, phi)}, the mean over random views of the images as saved.
+
+    Views, since the next batches are seen through views: a crop blown up to full size has less high frequency than a
+    whole image, and a memory of whole images would make late batches answer for the difference, b-fold.
+    """
+    images, total = squeeze.normalise(images, teacher["mean"], teacher["std"]), {}
+    boxes, flips, rolls = (part.to(images.device) if torch.is_tensor(part) else part
+                           for part in random_views(rng, views, len(images), images.shape[-1]))
+    for t in range(views):
+        grid = squeeze.crop_grid(boxes[t], flips[t], images.shape[-1]).roll(rolls[t], (1, 2))
+        with squeeze.autocast(images.device):
+            network(squeeze.resample(images, grid))
+        for name, parts in current.items():
+            total[name] = [old + new / views for old, new in zip(total.get(name, (0, 0)), parts)]
+    return total
+
+
 def to_uint8(images, teacher):
     """Normalised [B, 3, S, S] -> uint8 levels, rounded (a truncating cast would darken by half a level)."""
     mean, std = (torch.tensor(teacher[v], device=images.device).view(1, 3, 1, 1) for v in ("mean", "std"))
@@ -199,6 +218,19 @@ def initial_images(data, index, k, classes, s, rng):
     return torch.from_numpy(noise.clip(0, 255).astype(np.uint8))
 
 
+def resumed(folder, chunks, K, pixels, device):
+    """What a killed run left: batches done, their mean statistics (EMU) and the seconds they took."""
+    if not (folder / "memory.pt").is_file():
+        return dict(b=0, psi={}, phi={}, seconds=0.0)
+    memory, raw = squeeze.load_state(folder / "memory.pt"), folder / "images.raw"
+    if not raw.is_file() or raw.stat().st_size < memory["b"] // chunks * K * pixels:
+        raise BadInput(f"{raw}: not the {memory['b']} batches that memory.pt counts: remove {folder} and start again")
+    print(f"resuming after batch {memory['b']}")
+    for side in ("psi", "phi"):
+        memory[side] = {name: value.to(device) for name, value in memory[side].items()}
+    return memory
+
+
 def distil(folder, data, network, teacher, statistics, pairs_of, s, device):
     """Make all batches of a run, round by round. A finished one goes to images.raw at once, and memory.pt says how many
     there are and holds the EMU: a killed run goes on with the next batch, and memory does not grow with IPC.
@@ -208,10 +240,7 @@ def distil(folder, data, network, teacher, statistics, pairs_of, s, device):
     K, layers = len(data.classes), s.get("layers", "conv")
     chunks = torch.arange(K).split(s["batch"])
     index = first_images(data, s["ipc"]) if s["init"] == "real" else None
-    memory = dict(b=0, psi={}, phi={}, seconds=0.0)
-    if (folder / "memory.pt").is_file():
-        memory = torch.load(folder / "memory.pt", weights_only=True, map_location=device)
-        print(f"resuming after batch {memory['b']}")
+    memory = resumed(folder, len(chunks), K, 3 * data.size**2, device)
     real, total, done = stack(real_layers(statistics, layers, s, device)), s["ipc"] * len(chunks), memory["b"]
     start, before = time.time(), memory["seconds"]
 
@@ -226,9 +255,10 @@ def distil(folder, data, network, teacher, statistics, pairs_of, s, device):
             squeeze.log(folder, batch=b + 1, round=k, ce=entropy, matching=matching)
 
     for b in range(done, total):
-        k, classes = b // len(chunks), chunks[b % len(chunks)]
+        k, here = b // len(chunks), chunks[b % len(chunks)]
         rng = np.random.default_rng([s["seed"], b])        # a batch's randomness depends on nothing before it
-        images = initial_images(data, index, k, classes, s, rng)
+        classes = here.to(device)
+        images = initial_images(data, index, k, here, s, rng)
         if s["iterations"]:
             if b == done or b % len(chunks) == 0:          # the real side is constant within a round
                 pairs = [pairs_of(k, psi) for psi, _ in real]
@@ -236,16 +266,13 @@ def distil(folder, data, network, teacher, statistics, pairs_of, s, device):
             Y = F.one_hot(torch.arange(len(classes), device=device), len(classes)) * len(classes) / K
             with layer_statistics(network, layers, statistics["head"], s, Y) as current:
                 images = optimise(squeeze.normalise(images.to(device), teacher["mean"], teacher["std"]),
-                                  classes.to(device),
-                                  network, lambda: match(pairs, targets, join(memory, current, k, classes, s),
-                                                         classes, s),
-                                  s, teacher, rng, report)
+                                  classes, network, lambda: match(pairs, targets, join(memory, current, k, classes, s),
+                                                                  classes, s), s, teacher, rng, report)
                 images = to_uint8(images, teacher)
-                with torch.no_grad():                      # the memory moves by the images as saved, seen whole
-                    network(squeeze.normalise(images.to(device), teacher["mean"], teacher["std"]))
-                    remember(memory, join(memory, current, k, classes, s), classes, s, K)
+                seen = view_statistics(images.to(device), network, current, teacher, rng)
+                remember(memory, join(memory, seen, k, classes, s), classes, s, K)
         with open(folder / "images.raw", "r+b" if b else "wb") as file:
-            file.seek(images[0].numel() * (k * K + int(classes[0])))
+            file.seek(images[0].numel() * (k * K + int(here[0])))
             file.write(images.numpy().tobytes())
         memory.update(b=b + 1, seconds=before + time.time() - start)
         squeeze.save(folder / "memory.pt", memory)
@@ -312,7 +339,12 @@ def parse(argv):
                         help="cfm: 1/(lambda + alpha_k); high: the same with alpha_max / 100 throughout; low: lambda")
     parser.add_argument("--signal", choices=["mean", "class"], default="mean",
                         help="FLC: mean [C], or class-wise [C, K]")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for flag, useless in (("alpha-max", args.filter == "low" and args.alpha_max),
+                          ("schedule", args.filter != "cfm" and args.schedule != "cosine")):
+        if useless:
+            raise BadInput(f"--{flag} has no effect with --filter {args.filter}: leave it out")
+    return args
 
 
 def run_name(method, s, defaults):
@@ -334,7 +366,8 @@ def run(args, method, defaults, pairs_for):
     made = squeeze.read_config(parent, "squeeze", args.resume)["settings"] if parent.is_dir() else {}
     s["data"] = s["data"] or made.get("data", "data")
     data = squeeze.load_data(s["dataset"], s["data"], made.get("size"), made.get("classes", 10))
-    first_images(data, s["ipc"])
+    if s["init"] == "real":
+        first_images(data, s["ipc"])
     K, N = len(data.classes), s["ipc"] * len(data.classes)
     batches = s["ipc"] * math.ceil(K / s["batch"])
     print(f"plan: {s['ipc']} rounds of {K} images, {batches} batches of {s['iterations']} iterations on {device}; "
@@ -353,6 +386,7 @@ def run(args, method, defaults, pairs_for):
     if not config["artefacts"]:
         seconds = distil(folder, data, network, teacher, statistics, pairs_of, s, device)
         finish(folder, config, teacher, s, seconds)
+    squeeze.checked(folder, "images.pt", config)
     print(f"images: {folder / 'images.pt'}, {config['results']['seconds']:.0f} s, peak memory "
           f"{squeeze.peak_memory(device):.0f} MB; look at {folder / 'preview.png'}\nnext: python eval.py {folder}")
 

@@ -11,6 +11,7 @@ labels are too large (ImageNet at IPC 50: 28 GB for 0.75 GB of images), --keep-e
 fewer logits.
 """
 import argparse
+import hashlib
 import math
 import shutil
 import time
@@ -132,7 +133,8 @@ def write(folder, arrays, network, teacher, images, s):
             print(f"epoch {epoch + 1}/{E}  {rate:.0f} images/s  {(E - epoch - 1) * N / rate / 60:.1f} min left",
                   flush=True)
     for name in arrays:
-        (folder / (name + ".tmp")).replace(folder / name)
+        if (folder / (name + ".tmp")).exists():            # not so if it was killed between here and the end
+            (folder / (name + ".tmp")).replace(folder / name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,7 +151,7 @@ def load_run(run):
     return squeeze.load(run, "images.pt", config), config, parent
 
 
-def import_images(parent, source):
+def import_images(parent, source, resume):
     """Make a run folder inside the squeeze run `parent` out of an image folder source/<class>/*: returns its path.
 
     Classes are matched by name. Images are ordered by position in their class, then by class, as recover.py has them.
@@ -168,24 +170,25 @@ def import_images(parent, source):
         order.append((seen[label], label, path))
         seen[label] += 1
     order.sort()
-    tensors = [image for image, _ in map(squeeze.Files(squeeze.Split([path for *_, path in order],
-                                                                     torch.tensor([y for _, y, _ in order])),
-                                                       T.PILToTensor()).__getitem__, range(len(order)))]
-    for image, (*_, path) in zip(tensors, order):
+    labels = torch.tensor([label for _, label, _ in order])
+    files = squeeze.Files(squeeze.Split([path for *_, path in order], labels), T.PILToTensor())
+    tensors = [files[i][0] for i in range(len(files))]
+    for image, path in zip(tensors, files.split.images):
         if image.shape[1:] != (teacher["size"], teacher["size"]):
             wrong = f"{tuple(image.shape[1:])} pixels found, the teacher takes {teacher['size']} squared"
             raise BadInput(f"{path}: {wrong if image.shape[1] > 1 else 'not a readable image'}: mend or remove it")
-    folder = parent / source.resolve().name
-    s = {key: config["settings"][key] for key in ("dataset", "data", "network")} | {"images": str(source.resolve()),
-                                                                                    "ipc": max(seen)}
-    inputs = {"data": config["inputs"]["data"], **config["artefacts"]}
-    run = squeeze.open_run(folder, "recover", s, inputs, False)
-    content = {key: teacher[key] for key in ("classes", "mean", "std")}
-    squeeze.save(folder / "images.pt",
-                 dict(images=torch.stack(tensors), labels=torch.tensor([y for _, y, _ in order]), **content,
-                                            settings={"images": source.name}, inputs=inputs))
-    squeeze.finish_run(folder, run, ["images.pt"], image_bytes=sum(image.numel() for image in tensors))
-    print(f"images: {len(order)} from {source}, in {folder}")
+    images, folder = torch.stack(tensors), parent / source.resolve().name
+    s = {key: config["settings"][key] for key in ("dataset", "data", "network")}
+    s.update(images=str(source.resolve()), ipc=max(seen))
+    digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
+    inputs = {"data": config["inputs"]["data"], "images": digest, **config["artefacts"]}
+    run = squeeze.open_run(folder, "recover", s, inputs, resume)
+    if not run["artefacts"]:
+        content = {key: teacher[key] for key in ("classes", "mean", "std")}
+        squeeze.save(folder / "images.pt", dict(images=images, labels=labels, **content, inputs=inputs,
+                                                settings={"images": source.name}))
+        squeeze.finish_run(folder, run, ["images.pt"], image_bytes=images.numel())
+    print(f"images: {len(images)} from {source}, in {folder}")
     return str(folder)
 
 
@@ -208,33 +211,55 @@ def parse(argv):
 
 def main(argv):
     args = parse(argv)
-    run = import_images(args.run, args.images) if args.images else args.run
-    content, run_config, parent = load_run(run)
-    images, K, device = content["images"], len(content["classes"]), squeeze.pick_device()
-    args.keep_epochs = args.keep_epochs or args.epochs or PRESETS[run_config["settings"]["dataset"]]["epochs"]
-    s = squeeze.resolve(args, PRESETS[run_config["settings"]["dataset"]])
-    for flag, bad, most in (("scale", s["scale"] > 1, 1), ("top-k", (s["top_k"] or 1) > K, f"the {K} classes"),
+    preset = PRESETS[squeeze.read_config(args.run, "squeeze" if args.images else "recover")["settings"]["dataset"]]
+    args.keep_epochs = args.keep_epochs or args.epochs or preset["epochs"]
+    s = squeeze.resolve(args, preset)
+    for flag, bad, most in (("scale", s["scale"] > 1, 1),
                             ("keep-epochs", s["keep_epochs"] > s["epochs"], f"--epochs {s['epochs']}")):
         if bad:
             raise BadInput(f"--{flag} {s[flag.replace('-', '_')]} found, must be at most {most}")
+    make(import_images(args.run, args.images, args.resume) if args.images else args.run,
+         {key: value for key, value in s.items() if key not in ("run", "images")}, args.resume)
+
+
+def ensure(run, epochs, resume):
+    """Make the labels of a run that has none, or the rest of unfinished ones if asked to resume."""
+    folder = Path(run) / "labels"
+    if not folder.is_dir():
+        flags = [str(run)] + (["--epochs", str(epochs)] if epochs else [])
+        print(f"{run}: no labels yet, so first: python relabel.py {' '.join(flags)}", flush=True)
+        main(flags)
+    elif not (config := squeeze.read_config(folder, "relabel", resume))["artefacts"]:
+        print(f"{folder}: unfinished, so its relabelling goes on first", flush=True)
+        make(run, config["settings"], True)
+
+
+def make(run, s, resume):
+    """The stage after its flags: also what eval.py calls for missing or unfinished labels."""
+    device = squeeze.pick_device()
+    content, run_config, parent = load_run(run)
+    images, K = content["images"], len(content["classes"])
+    if (s["top_k"] or 1) > K:
+        raise BadInput(f"--top-k {s['top_k']} found, must be at most the {K} classes")
     E, N, k, folder = s["keep_epochs"], len(images), s["top_k"], Path(run) / "labels"
-    arrays = {"soft_labels.npy": ((E, N, k + 1 if k else K), np.float16),
-              **({"top_classes.npy": ((E, N, k), np.int16)} if k else {})}
+    arrays = {"soft_labels.npy": ((E, N, k + 1 if k else K), np.float16)}
+    if k:
+        arrays["top_classes.npy"] = ((E, N, k), np.int16)
     size = sum(2 * math.prod(shape) for shape, _ in arrays.values())
-    if size > (free := shutil.disk_usage(run).free):
+    if not (folder / "log.jsonl").is_file() and size > (free := shutil.disk_usage(run).free):
         raise BadInput(f"--epochs {s['epochs']}: soft labels need {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
                        "use --keep-epochs or --top-k, or eval.py --online")
     network, teacher, teacher_config = squeeze.load_teacher(parent, device)
     inputs = {"images.pt": run_config["artefacts"]["images.pt"],
               "teacher.pt": teacher_config["artefacts"]["teacher.pt"]}
-    settings = {key: value for key, value in s.items() if key not in ("run", "images")}
-    config = squeeze.open_run(folder, "relabel", settings, inputs, args.resume)
+    config = squeeze.open_run(folder, "relabel", s, inputs, resume)
     if not config["artefacts"]:
         print(f"{folder}: logits {list(arrays['soft_labels.npy'][0])}, {size / 1e6:.2f} MB; images are "
               f"{images.numel() / 1e6:.2f} MB")
         write(folder, arrays, network, teacher, images.to(device), s)
         squeeze.finish_run(folder, config, list(arrays), label_bytes=size)
-    print(f"labels: {folder / 'soft_labels.npy'}, {size / 1e6:.2f} MB\nnext: python eval.py {run}")
+    print(f"labels: {folder / 'soft_labels.npy'}, {size / 1e6:.2f} MB, peak memory "
+          f"{squeeze.peak_memory(device):.0f} MB\nnext: python eval.py {run}")
 
 
 if __name__ == "__main__":

@@ -252,7 +252,8 @@ class _SpectralFilter(torch.autograd.Function):
         # over the gap.
         ends, value = slope(lam), ctx.f(lam)
         trapezoid = (ends.unsqueeze(-1) + ends.unsqueeze(-2)) / 2
-        correction = 2 / 3 * (slope((a + b) / 2) - trapezoid)
+        middle = ((a + b) / 2).flatten(-2)                 # [..., C * C]: f may hold one number a layer, [L, 1]
+        correction = 2 / 3 * (slope(middle).view_as(trapezoid) - trapezoid)
         rounding = torch.finfo(lam.dtype).eps * (value.unsqueeze(-1).abs() + value.unsqueeze(-2).abs()) / (a - b).abs()
         close = (a == b) | (correction.abs() <= rounding)
         difference = (value.unsqueeze(-1) - value.unsqueeze(-2)) / torch.where(close, 1, a - b)
@@ -266,7 +267,8 @@ class _Ridge(torch.autograd.Function):
     @staticmethod
     def forward(ctx, psi, alpha):
         eye = torch.eye(psi.shape[-1], dtype=psi.dtype, device=psi.device)
-        factor, _ = torch.linalg.cholesky_ex(psi + alpha * eye)      # _ex: no wait for the GPU; NaN shows in the loss
+        factor, info = torch.linalg.cholesky_ex(psi + alpha * eye)   # _ex does not wait for the GPU, nor raise:
+        factor = torch.where((info == 0)[..., None, None], factor, math.nan)     # so that a failure shows in the loss
         F = torch.cholesky_inverse(factor)
         ctx.save_for_backward(F)
         return F
@@ -282,6 +284,7 @@ def spectral_filter(ffc, f):
     """f(Psi) = U diag(f(lambda)) U^T for symmetric ffc [..., C, C] and any differentiable f on the eigenvalues.
 
     Differentiable in ffc, at repeated eigenvalues too (not in what f holds); only the symmetric part of ffc counts.
+    Rounding can put a zero eigenvalue at -1e-8 of the largest, so f must be defined there too.
     Raises ValueError unless the last two axes are equal.
     """
     with torch.autocast(ffc.device.type, enabled=False):

@@ -10,6 +10,7 @@ sets, networks, run folders. The training loop and the statistics pass are at th
 """
 import argparse
 import ctypes
+import functools
 import hashlib
 import json
 import math
@@ -156,9 +157,8 @@ def toy(per_class, classes, seed, size=32):
 
 
 def load_toy(root, size, classes):
-    return (*(Split(*toy(n, classes, seed)) for n,
-              seed in ((max(60, 4000 // classes), 0), (max(10, 1000 // classes), 1))),
-            [f"layout{k // 2}-{('rows', 'columns')[k % 2]}" for k in range(classes)])
+    train, test = toy(max(60, 4000 // classes), classes, 0), toy(max(10, 1000 // classes), classes, 1)
+    return Split(*train), Split(*test), [f"layout{k // 2}-{('rows', 'columns')[k % 2]}" for k in range(classes)]
 
 
 class AnyCIFAR10(CIFAR10):
@@ -166,12 +166,6 @@ class AnyCIFAR10(CIFAR10):
     train_list = [[name, None] for name, _ in CIFAR10.train_list]
     test_list = [[name, None] for name, _ in CIFAR10.test_list]
     meta = {**CIFAR10.meta, "md5": None}
-
-
-class AnyCIFAR100(CIFAR100):
-    train_list = [[name, None] for name, _ in CIFAR100.train_list]
-    test_list = [[name, None] for name, _ in CIFAR100.test_list]
-    meta = {**CIFAR100.meta, "md5": None}
 
 
 def load_cifar(kind, root, per_file):
@@ -235,8 +229,7 @@ def load_folder(root, size, classes):
 
 
 def load_tiny(root, size, classes):
-    """Tiny-ImageNet-200 as in the original zip, or a copy of it with fewer classes. Small enough to be held in
-    memory."""
+    """Tiny-ImageNet-200 as in the original zip, or a copy of it with fewer classes."""
     folder = Path(root) / "tiny-imagenet-200"
     if not folder.is_dir():
         print(f"{folder} is missing: downloading {TINY_URL}")
@@ -263,7 +256,7 @@ def load_tiny(root, size, classes):
 TINY_URL, TINY_MD5 = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"
 LOADERS = {"toy": load_toy,
            "cifar10": lambda root, size, classes: load_cifar(AnyCIFAR10, root, [10000] * 6),
-           "cifar100": lambda root, size, classes: load_cifar(AnyCIFAR100, root, [50000, 10000]),
+           "cifar100": lambda root, size, classes: load_cifar(CIFAR100, root, [50000, 10000]),
            "tiny": load_tiny, "imagenet": load_folder, "folder": load_folder}
 
 
@@ -285,39 +278,42 @@ def load_data(name, root, size=None, classes=10):
 
 
 class Files(torch.utils.data.Dataset):
-    """Image files, decoded to RGB (grey and CMYK are converted). A file that cannot be read gets label -1 -
-    position."""
+    """Image files, decoded to RGB (grey and CMYK are converted). A file that cannot be read gets label -1 - position.
+    Random transforms are drawn from (seed, position): the same for any number of workers."""
 
-    def __init__(self, split, transform):
-        self.split, self.transform = split, transform
+    def __init__(self, split, transform, seed=None):
+        self.split, self.transform, self.seed = split, transform, seed
 
     def __len__(self):
         return len(self.split.labels)
 
     def __getitem__(self, i):
         try:
-            return self.transform(default_loader(self.split.images[i])), int(self.split.labels[i])
-        except (OSError, SyntaxError,
-                ValueError):         # what PIL raises; here, since a worker cannot raise a clean line
+            image = default_loader(self.split.images[i])
+        except Exception:                                  # PIL has many; a worker cannot raise a clean line itself
             return torch.zeros(3, 1, 1, dtype=torch.uint8), -1 - i
+        with torch.random.fork_rng(devices=[], enabled=self.seed is not None):
+            if self.seed is not None:
+                torch.manual_seed(self.seed + i)
+            return self.transform(image), int(self.split.labels[i])
 
 
 def whole_image(size):
-    """The evaluation transform of files: the short side to 8/7 S (256 for 224; S itself up to 64 px), the centre,
-    uint8."""
+    """The evaluation transform of files: short side to 8/7 S (256 for 224; S itself up to 64 px), centre, uint8."""
     return T.Compose([T.Resize(size if size <= 64 else round(size * 8 / 7)), T.CenterCrop(size), T.PILToTensor()])
 
 
-def stream(split, transform, batch, seed=None):
-    """Batches of a split of files through a DataLoader, shuffled if there is a seed: yields uint8 [B, 3, S, S], int64
-    [B]."""
-    def collate(items):
-        bad = [-1 - label for _, label in items if label < 0]
-        return (None, bad[0]) if bad else (torch.stack([x for x, _ in items]), torch.tensor([y for _, y in items]))
+def collate(items):
+    """A batch of Files; (None, position) if one could not be read."""
+    bad = [-1 - label for _, label in items if label < 0]
+    return (None, bad[0]) if bad else (torch.stack([x for x, _ in items]), torch.tensor([y for _, y in items]))
 
+
+def stream(split, transform, batch, seed=None):
+    """Batches of a split of files, shuffled if there is a seed: yields uint8 [B, 3, S, S], int64 [B]."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     for images, labels in torch.utils.data.DataLoader(
-            Files(split, transform), batch, shuffle=seed is not None, collate_fn=collate, generator=generator,
+            Files(split, transform, seed), batch, shuffle=seed is not None, collate_fn=collate, generator=generator,
             num_workers=min(8, os.cpu_count()) if len(split.labels) > 1000 else 0):
         if images is None:
             raise BadInput(f"{split.images[labels]}: not a readable image: mend or remove it")
@@ -326,8 +322,14 @@ def stream(split, transform, batch, seed=None):
 
 def normalise(images, mean, std):
     """uint8 [B, 3, S, S] -> float32, zero mean and unit deviation, channels last (several times faster on CPUs)."""
-    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (mean, std))
+    mean, std = (constant(tuple(v), images.device) for v in (mean, std))
     return ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+@functools.lru_cache
+def constant(values, device):
+    """A number a channel, [1, 3, 1, 1]; cached, since copying it to a GPU would wait for all work before it."""
+    return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
 def batches(data, split, batch):
@@ -488,8 +490,27 @@ def accuracy(network, data, mean, std, device, batch=500):
 # Artefacts are written under a temporary name and renamed: if one exists, it is whole.
 
 def sha256(path):
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_json(path):
+    """The content of a JSON file of a run folder, {} if there is none."""
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError:
+        raise BadInput(f"{path}: damaged: remove {path.parent} and make it again") from None
+
+
+def load_state(path):
+    """What a killed run left to go on with (checkpoint.pt, memory.pt, ...), on the CPU."""
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:                             # whatever unpickling a broken file raises
+        raise BadInput(f"{path}: damaged: remove {path.parent} and make it again") from error
 
 
 def save(path, content):
@@ -509,16 +530,11 @@ def log(folder, **entry):
 
 def read_config(folder, stage, unfinished=False):
     """config.json of a run of `stage`; of a finished one, unless `unfinished` ones will do."""
-    path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text())
-        found = config["stage"]
-    except FileNotFoundError:
-        raise BadInput(f"{folder}: no config.json, so no run of {stage}.py: check the path") from None
-    except (ValueError, KeyError, TypeError):
-        raise BadInput(f"{path}: damaged: remove the folder and run {stage}.py again") from None
-    if found != stage:
-        raise BadInput(f"{folder}: a run of {found}.py, expected one of {stage}.py")
+    config = read_json(Path(folder) / "config.json")
+    if not config:
+        raise BadInput(f"{folder}: no config.json, so no run of {stage}.py: check the path")
+    if config.get("stage") != stage:
+        raise BadInput(f"{folder}: a run of {config.get('stage')}.py, expected one of {stage}.py")
     if not config["artefacts"] and not unfinished:
         raise BadInput(f"{folder}: unfinished: run {stage}.py again with --resume")
     return config
@@ -528,10 +544,10 @@ def checked(folder, name, config):
     """The path of an artefact of a run folder, after checking it against the hash in its config."""
     path = Path(folder) / name
     if not path.is_file():
-        raise BadInput(f"{path}: missing: run {config['stage']}.py again")
+        raise BadInput(f"{path}: missing: remove {folder} and run {config['stage']}.py again")
     if (found := sha256(path)) != config["artefacts"][name]:
-        raise BadInput(f"{path}: corrupted, sha256 {found[:12]} found, {config['artefacts'][name][:12]} recorded in "
-                       f"config.json: run {config['stage']}.py again")
+        raise BadInput(f"{path}: corrupted, sha256 {found[:12]} found, {config['artefacts'][name][:12]} recorded: "
+                       f"remove {folder} and run {config['stage']}.py again")
     return path
 
 
@@ -550,8 +566,8 @@ def open_run(folder, stage, settings, inputs, resume):
     if folder.is_dir() and any(folder.iterdir()):
         if not resume:
             raise BadInput(f"{folder}: in use: add --resume to continue what is there, or remove the folder")
-        config = json.loads(path.read_text()) if path.is_file() else {"stage": None}
-        if config["stage"] != stage:
+        config = read_json(path)
+        if config.get("stage") != stage:
             raise BadInput(f"--resume {folder}: not a run of {stage}.py: remove it or use another folder")
         for now, then in ((settings, config["settings"]), (inputs, config["inputs"])):
             for key in now:
@@ -597,7 +613,7 @@ def train(network, data, preset, s, folder, device):
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     first, checkpoint = 0, folder / "checkpoint.pt"
     if checkpoint.is_file():
-        state = torch.load(checkpoint, weights_only=True, map_location=device)
+        state = load_state(checkpoint)
         network.load_state_dict(state["network"]), optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         first = state["epoch"]
@@ -691,15 +707,18 @@ def check_data(data, teacher, config):
 
 def ensure(folder, s, resume):
     """Squeeze a missing teacher with its data set's settings, or the rest of an unfinished one if asked to resume."""
-    config = read_config(folder, "squeeze", resume) if folder.is_dir() else {"artefacts": {}}
-    if not config["artefacts"]:
-        flags = ["--dataset", s["dataset"], "--network", s["network"], "--data", s["data"]] + ["--resume"] * resume
-        print(f"{folder}: no finished teacher, so first: python squeeze.py {' '.join(flags)}", flush=True)
+    if not folder.is_dir():
+        flags = ["--dataset", s["dataset"], "--network", s["network"], "--data", s["data"]]
+        print(f"{folder}: no teacher yet, so first: python squeeze.py {' '.join(flags)}", flush=True)
         main(flags)
+    elif not (config := read_config(folder, "squeeze", resume))["artefacts"]:
+        print(f"{folder}: unfinished, so its squeeze goes on first", flush=True)
+        run(config["settings"], True)
 
 
-def given_weights(network, s, device):
+def given_weights(network, s, data):
     """Load --teacher FILE, or torchvision's ImageNet weights with --pretrained, instead of training."""
+    preset = PRESETS[s["dataset"]]
     if s["pretrained"]:
         weights = torchvision.models.get_model_weights(s["network"]).IMAGENET1K_V1
         try:
@@ -712,7 +731,12 @@ def given_weights(network, s, device):
             state = torch.load(s["teacher"], weights_only=True, map_location="cpu")
         except Exception as error:
             raise BadInput(f"--teacher {s['teacher']}: not a readable state dict ({type(error).__name__})") from error
-        state = state.get("state_dict", state) if isinstance(state, dict) else {}
+        state = state if isinstance(state, dict) else {}
+        for key, wanted in (("classes", data.classes), ("mean", preset["mean"]), ("std", preset["std"])):
+            if key in state and state[key] != wanted:      # a teacher.pt knows what it was trained on
+                raise BadInput(f"--teacher {s['teacher']}: its {key} are {str(state[key])[:60]}, here they are "
+                               f"{str(wanted)[:60]}: another data set's or class order's")
+        state = state.get("state_dict", state)
     own = network.state_dict()
     for key in [*own, *state]:
         shapes = [tuple(d[key].shape) if hasattr(d.get(key), "shape") else "missing" for d in (state, own)]
@@ -728,7 +752,7 @@ def parse(argv):
     parser.add_argument("--dataset", default="toy", choices=list(PRESETS), help="default: toy")
     parser.add_argument("--data", default="data", metavar="DIR", help="where the data set lies or is downloaded to")
     parser.add_argument("--size", type=number(int, 16), help="folder only: pixels (default 224)")
-    parser.add_argument("--classes", type=number(int, 2), default=10, help="toy only: number of classes")
+    parser.add_argument("--classes", type=number(int, 2), help="toy only: number of classes (default 10)")
     parser.add_argument("--network", choices=TEACHERS, help="the teacher (default: convnet for toy, else resnet18)")
     parser.add_argument("--pretrained", action="store_true",
                         help="imagenet only: torchvision's weights instead of training")
@@ -740,50 +764,60 @@ def parse(argv):
     parser.add_argument("--seed", type=number(int, 0), default=0)
     parser.add_argument("--resume", action="store_true", help="continue what is in the run folder")
     args = parser.parse_args(argv)
-    for flag, only in (("size", "folder"), ("pretrained", "imagenet")):
+    for flag, only in (("size", "folder"), ("pretrained", "imagenet"), ("classes", "toy")):
         if getattr(args, flag) and args.dataset != only:
             raise BadInput(f"--{flag} is for --dataset {only}, found {args.dataset}: leave it out")
+    given = "--teacher" if args.teacher else "--pretrained" if args.pretrained else None
+    for flag in ("pretrained", "epochs", "lr", "wd"):
+        if given and f"--{flag}" != given and getattr(args, flag):
+            raise BadInput(f"--{flag} has no effect with {given}: leave one out")
+    if args.pretrained and args.network == "convnet":
+        raise BadInput("--pretrained: torchvision has no weights for --network convnet: name a resnet")
     return args
 
 
 def main(argv):
     args = parse(argv)
-    preset, device = PRESETS[args.dataset], pick_device()
-    s = resolve(args, {**preset["squeeze"], "network": preset["network"], "size": preset["size"]})
-    s.update(schedule=preset["squeeze"]["schedule"], augment=preset["squeeze"]["augment"])
+    preset = PRESETS[args.dataset]
+    s = resolve(args, {**preset["squeeze"], "network": preset["network"], "size": preset["size"], "classes": 10})
+    run({**s, "schedule": preset["squeeze"]["schedule"], "augment": preset["squeeze"]["augment"]}, args.resume)
+
+
+def run(s, resume):
+    """The stage after its flags: also what recover.py calls for a missing or unfinished teacher."""
+    preset, device, network = PRESETS[s["dataset"]], pick_device(), None
     folder = Path("runs") / f"{s['dataset']}-{s['network']}"
     data = load_data(s["dataset"], s["data"], s["size"], s["classes"])
-    network = None
     if s["teacher"] or s["pretrained"]:                    # refused before a folder is made
         network = build_network(s["network"], len(data.classes), s["size"])
-        given_weights(network, s, device)
+        given_weights(network, s, data)
     settings = {**s, "data": str(Path(s["data"]).resolve())}
-    config = open_run(folder, "squeeze", settings, {"data": data.sha256}, args.resume)
+    config = open_run(folder, "squeeze", settings, {"data": data.sha256}, resume)
     if "statistics.pt" not in config["artefacts"]:
         data = data._replace(train=in_memory(data, data.train), test=in_memory(data, data.test))
         squeeze(data, preset, s, folder, config, device, network)
     print(f"teacher: {config['results']['test']:.2f} % test accuracy, in {folder}\nnext: python recover.py "
-          f"--dataset {s['dataset']} --network {s['network']}" + ("" if s["data"] == "data"
-                                                                  else f" --data {s['data']}"))
+          f"--dataset {s['dataset']} --network {s['network']}")
 
 
 def squeeze(data, preset, s, folder, config, device, given):
     """Train the teacher (unless a network is given), gather the statistics, finish the run folder."""
-    if not (folder / "teacher.pt").is_file() or (folder / "checkpoint.pt").is_file():
+    if not (folder / "teacher.pt").is_file():
         torch.manual_seed(s["seed"])
         network = (given or build_network(s["network"], len(data.classes), s["size"])).to(device)
         if given:
             score = accuracy(network, data, preset["mean"], preset["std"], device)
         else:
             score = train(network, data, preset, s, folder, device)
-        save(folder / "teacher.pt",
-             dict(network=s["network"], dataset=s["dataset"], classes=data.classes, size=s["size"],
-                                         mean=preset["mean"], std=preset["std"], state_dict=network.state_dict()))
-        config["results"]["test"] = score
+        config["results"]["test"] = score                  # before teacher.pt, which says that training is over
         save(folder / "config.json", config)
+        save(folder / "teacher.pt", dict(
+            network=s["network"], dataset=s["dataset"], classes=data.classes, size=s["size"], mean=preset["mean"],
+            std=preset["std"], state_dict=network.state_dict()))
         (folder / "checkpoint.pt").unlink(missing_ok=True)
-    network = build_network(s["network"], len(data.classes), s["size"]).to(device)
-    network.load_state_dict(torch.load(folder / "teacher.pt", weights_only=True)["state_dict"])
+    network = build_network(s["network"], len(data.classes), s["size"])
+    network.load_state_dict(load_state(folder / "teacher.pt")["state_dict"])
+    network.to(device)
     layers, head = gather_statistics(fold(network), data, preset["mean"], preset["std"], device, s["batch"])
     save(folder / "statistics.pt", dict(layers=layers, head=head, teacher=sha256(folder / "teacher.pt"),
                                         class_counts=torch.bincount(data.train.labels, minlength=len(data.classes))))

@@ -183,7 +183,7 @@ def stage_rows(repetitions, n=1000):
     network, teacher = squeeze.fold(squeeze.build_network("convnet", 10, 32).to(device)), dict(mean=[0.5] * 3, std=[0.25] * 3)
     whole, views = images.to(device), relabel.draw_views(0, 0, n, 32, 0.08).to(device)
     batch, student = squeeze.normalise(whole[:50], [0.5] * 3, [0.25] * 3), squeeze.build_network("convnet", 10, 32).to(device)
-    content = dict(images=images[:100], classes=data.classes, mean=[0.5] * 3, std=[0.25] * 3)
+    content = dict(classes=data.classes, mean=[0.5] * 3, std=[0.25] * 3)
     s = dict(network="convnet", ema=0.99, lr=1e-3, wd=1e-2, batch=50, epochs=5, schedule="stretched", hard=False, temperature=20.0)
     answer = lambda epoch, views: torch.zeros(100, 10, device=device)
 
@@ -200,8 +200,8 @@ def stage_rows(repetitions, n=1000):
             loss.backward()
     jobs = {"statistics": (lambda: squeeze.gather_statistics(network, data, [0.5] * 3, [0.25] * 3, device, 128), n, lambda: forward(128), n),
             "relabel": (lambda: list(relabel.soft_labels(network, teacher, whole, views, 500)), n, lambda: forward(500), n),
-            "eval": (lambda: evaluation.train_student(content, answer, dict(keep_epochs=5, seed=0, scale=0.08), s, "bench", 0,
-                                                      Path("."), device), 500, train, 500)}
+            "eval": (lambda: evaluation.train_student(content, whole[:100], answer, dict(keep_epochs=5, seed=0, scale=0.08), s,
+                                                      {}, 0, Path("no checkpoint")), 500, train, 500)}
     rows = []
     for stage, (ours, count, bare, bare_count) in jobs.items():
         ours(), bare()

@@ -1,8 +1,8 @@
 """The four stages on toy images: contracts, reproducibility, resuming, and what bad input gets."""
+import copy
 import json
 import os
 import pickle
-import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
+import baselines
 import eval as evaluation
 import recover
 import relabel
@@ -187,8 +188,8 @@ def test_pipeline_and_its_contracts(here, capsys):
     out = capsys.readouterr().out
     assert "no labels yet" in out and "±" in out
     result = json.loads((run / "result.json").read_text())
-    (row,) = result.values()
-    assert set(row["seeds"]) == {"0", "1"} and row["label_bytes"] == 2 * 3 * 12 * 4 and row["image_bytes"] == 12 * 3072
+    row = result["convnet-epochs3"]
+    assert len(result) == 1 and set(row["seeds"]) == {"0", "1"} and row["label_bytes"] == 2 * 3 * 12 * 4 and row["image_bytes"] == 12 * 3072
     assert row["averaged"] == pytest.approx(np.mean([seed["averaged"] for seed in row["seeds"].values()]))
     labels = np.load(run / "labels" / "soft_labels.npy")
     assert labels.shape == (3, 12, 4) and labels.dtype == np.float16
@@ -196,10 +197,14 @@ def test_pipeline_and_its_contracts(here, capsys):
     view = relabel.render(content["images"], relabel.draw_views(0, 2, 12, 32, 0.08), torch.arange(12))
     logits = network(squeeze.normalise(view, teacher["mean"], teacher["std"]))
     assert np.allclose(labels[2], logits.numpy(), atol=2e-2, rtol=2e-3)
-    with pytest.raises(BadInput, match="result.json: in use"):
+    with pytest.raises(BadInput, match="result.json or student-.*in use"):
         evaluation.main([str(run)])
-    evaluation.main([str(run), "--seeds", "2", "--hard", "--resume"])
-    assert len(json.loads((run / "result.json").read_text())) == 2
+    evaluation.main([str(run), "--seeds", "1", "--epochs", "2", "--hard", "--resume"])
+    assert set(json.loads((run / "result.json").read_text())) == {"convnet-epochs3", "convnet-epochs2-hard"}
+    shutil.rmtree(run / "labels")                          # results of other labels must not pass for new ones
+    relabel.main([str(run), "--epochs", "3", "--seed", "1"])
+    with pytest.raises(BadInput, match="is of other labels"):
+        evaluation.main([str(run), "--seeds", "3", "--resume"])
 
 
 def test_zero_iterations_are_the_real_images(here):
@@ -223,25 +228,42 @@ def test_all_flags_of_recover_reach_the_images(here):
 
 
 def test_emu_is_the_mean_over_finished_batches(here, monkeypatch):
-    """After each batch the memory must hold the mean statistics of all finished images, as seen whole."""
-    states = []
-    real_save = squeeze.save
-    monkeypatch.setattr(squeeze, "save", lambda path, content: (
-        states.append(content) if path.name == "memory.pt" else None, real_save(path, content)))
+    """After each batch the memory must hold the mean of what was seen of the finished ones; class-wise: of their classes."""
     for kind in ("mean", "class"):
-        recover.main([*TINY, "--batch", "2", "--signal", kind])
-    memory = {"mean": states[5], "class": states[-1]}
+        memories, seen = [], []
+        save, look = squeeze.save, recover.view_statistics
+        with monkeypatch.context() as patch:
+            patch.setattr(squeeze, "save", lambda path, content: (
+                memories.append(copy.deepcopy(content)) if path.name == "memory.pt" else None, save(path, content)))
+            patch.setattr(recover, "view_statistics", lambda *args: seen.append(look(*args)) or seen[-1])
+            recover.main([*TINY, "--batch", "2", "--signal", kind])
+        assert [memory["b"] for memory in memories] == [1, 2, 3, 4, 5, 6]
+        for b in range(1, 7):
+            for name in seen[0]:
+                psi = torch.stack([part[name][0] for part in seen[:b]]).mean(0)
+                assert torch.allclose(memories[b - 1]["psi"][name], psi, rtol=1e-4, atol=1e-6)
+                if kind == "mean":
+                    phi = torch.stack([part[name][1] for part in seen[:b]]).mean(0)
+                else:                                      # classes 0, 1 are in the odd batches, 2, 3 in the even ones
+                    parts = [torch.stack([part[name][1] for part in seen[first:b:2]]) for first in (0, 1) if first < b]
+                    phi = torch.cat([part.mean(0) for part in parts], 1)
+                assert torch.allclose(memories[b - 1]["phi"][name][:, :phi.shape[1]], phi, rtol=1e-4, atol=1e-6)
+
+
+def test_view_statistics_are_those_of_the_views(here):
+    """The mean over random views of the saved images, layer by layer, against a loop over single views."""
     network, teacher, _ = squeeze.load_teacher("runs/toy-convnet", torch.device("cpu"))
-    for kind, run in (("mean", "cfm-ipc3-iterations8-batch2"), ("class", "cfm-ipc3-iterations8-batch2-signalclass")):
-        content = torch.load(f"runs/toy-convnet/{run}/images.pt", weights_only=True)
-        with spectral.collect_inputs(network) as features:
-            network(squeeze.normalise(content["images"], teacher["mean"], teacher["std"]))
-        for name, x in features.items():
-            psi = torch.stack([spectral.ffc(part) for part in x.split(2)]).mean(0)
-            Y = F.one_hot(content["labels"], 4)
-            phi = spectral.flc(x)[:, None] if kind == "mean" else spectral.flc(x, Y)
-            assert torch.allclose(memory[kind]["psi"][name], psi, rtol=1e-3, atol=1e-5)
-            assert torch.allclose(memory[kind]["phi"][name], phi, rtol=1e-3, atol=1e-5)
+    images = squeeze.toy(1, 4, 0)[0]
+    with recover.layer_statistics(network, "conv", None, {"signal": "mean"}, None) as current:
+        found = recover.view_statistics(images, network, current, teacher, np.random.default_rng(5), views=3)
+    boxes, flips, rolls = recover.random_views(np.random.default_rng(5), 3, 4, 32)
+    x, expected = squeeze.normalise(images, teacher["mean"], teacher["std"]), []
+    for t in range(3):
+        with spectral.collect_inputs(network) as features, torch.no_grad():
+            network(torch.roll(squeeze.resample(x, squeeze.crop_grid(boxes[t], flips[t], 32)), rolls[t], (2, 3)))
+        expected.append({name: spectral.ffc(value) for name, value in features.items()})
+    for name in found:
+        assert torch.allclose(found[name][0], sum(part[name] for part in expected) / 3, rtol=1e-3, atol=1e-5)
 
 
 def test_same_seed_same_bytes_and_a_killed_run_resumes_to_them(here):
@@ -267,9 +289,11 @@ def test_same_seed_same_bytes_and_a_killed_run_resumes_to_them(here):
     assert (run / "images.pt").read_bytes() == kept[0]
 
 
-def test_squeeze_and_eval_resume_to_the_same_result(here, monkeypatch):
+def test_squeeze_resumes_to_the_same_teacher_and_recover_takes_it_along(here, monkeypatch):
     shutil.rmtree("runs")
-    squeeze.main(["--classes", "2", "--epochs", "2", "--batch", "500"])
+    train, test = (squeeze.Split(*squeeze.toy(n, 2, seed)) for n, seed in ((100, 0), (20, 1)))
+    monkeypatch.setitem(squeeze.LOADERS, "toy", lambda root, size, classes: (train, test, ["a", "b"]))
+    squeeze.main(["--classes", "2", "--epochs", "2", "--batch", "50"])
     whole = torch.load("runs/toy-convnet/teacher.pt", weights_only=True)["state_dict"]
     statistics = Path("runs/toy-convnet/statistics.pt").read_bytes()
     shutil.rmtree("runs")
@@ -281,14 +305,38 @@ def test_squeeze_and_eval_resume_to_the_same_result(here, monkeypatch):
             raise KeyboardInterrupt
     monkeypatch.setattr(squeeze, "log", dies)
     with pytest.raises(KeyboardInterrupt):
-        squeeze.main(["--classes", "2", "--epochs", "2", "--batch", "500"])
+        squeeze.main(["--classes", "2", "--epochs", "2", "--batch", "50"])
     monkeypatch.setattr(squeeze, "log", real_log)
     with pytest.raises(BadInput, match="unfinished"):
         recover.main(TINY)
-    recover.main([*TINY, "--resume"])                      # goes through the rest of squeeze first
+    recover.main([*TINY, "--resume"])                      # goes through the rest of squeeze first, with its settings
     resumed = torch.load("runs/toy-convnet/teacher.pt", weights_only=True)["state_dict"]
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     assert Path("runs/toy-convnet/statistics.pt").read_bytes() == statistics
+
+
+def test_eval_resumes_to_the_same_student(here, monkeypatch):
+    recover.main(["--iterations", "0", "--ipc", "2"])
+    run = Path("runs/toy-convnet/real-ipc2")
+    evaluation.main([str(run), "--seeds", "1", "--epochs", "4"])
+    whole = json.loads((run / "result.json").read_text())["convnet-epochs4"]
+    (run / "result.json").unlink()
+    clock, real_save = [0.0], squeeze.save
+    monkeypatch.setattr(evaluation.time, "time", lambda: clock.__setitem__(0, clock[0] + 40) or clock[0])   # checkpoints soon
+
+    def dies(path, content):
+        real_save(path, content)
+        if path.name.startswith("student-"):
+            raise KeyboardInterrupt
+    monkeypatch.setattr(squeeze, "save", dies)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.main([str(run), "--seeds", "1"])
+    monkeypatch.setattr(squeeze, "save", real_save)
+    assert len(list(run.glob("student-*.pt"))) == 1
+    one_line(evaluation.main, [run, "--seeds", "1"], "student-", "--resume")
+    evaluation.main([str(run), "--seeds", "1", "--resume"])
+    again = json.loads((run / "result.json").read_text())["convnet-epochs4"]
+    assert again["averaged"] == whole["averaged"] and again["raw"] == whole["raw"] and not list(run.glob("student-*.pt"))
 
 
 # ---- bad input: one line, exit code 1, no traceback
@@ -305,6 +353,8 @@ def one_line(main, flags, *words):
     (["--ipc", "-3"], ["--ipc", "-3"]), (["--ipc", "ten"], ["--ipc", "ten"]), (["--ipc", "1001"], ["--ipc 1001", "1000", "layout0-rows"]),
     (["--alpha-max", "0"], ["--alpha-max", "> 0"]), (["--alpha-max", "-1"], ["--alpha-max"]), (["--alpha-max", "nan"], ["--alpha-max"]),
     (["--iterations", "-1"], ["--iterations"]), (["--lr", "0"], ["--lr"]), (["--no-such-flag"], ["--no-such-flag"]),
+    (["--filter", "low", "--alpha-max", "1"], ["--alpha-max", "--filter low"]),
+    (["--filter", "high", "--schedule", "linear"], ["--schedule", "--filter high"]),
     (["--dataset", "cifar10", "--data", "nowhere"], ["--data nowhere", "no such folder"])])
 def test_bad_flags_of_recover(here, flags, words):
     one_line(recover.main, flags, *words)
@@ -326,13 +376,14 @@ def test_broken_run_folders(here):
     one_line(evaluation.main, ["runs"], "no config.json")
     relabel.main([str(run), "--epochs", "2"])
     one_line(relabel.main, [run, "--epochs", "3"], "in use")
-    one_line(relabel.main, [run, "--epochs", "3", "--resume"], "epochs is 3 now and was 2")
-    one_line(evaluation.main, [run, "--epochs", "3"], "--epochs 3", "2 epochs")
+    one_line(relabel.main, [run, "--epochs", "2", "--scale", "0.5", "--resume"], "scale is 0.5 now and was 0.08")
+    one_line(evaluation.main, [run, "--epochs", "3"], "--epochs 3", "holds 2")
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "inputs": {**config["inputs"], "teacher.pt": "0" * 64}}))
     one_line(relabel.main, [run], "another teacher")
     (run / "config.json").write_text("{")
     one_line(relabel.main, [run], "config.json", "damaged")
+    one_line(recover.main, ["--iterations", "0", "--ipc", "2", "--resume"], "config.json", "damaged")
     (run / "config.json").write_text(json.dumps(config))
     pixels = bytearray((run / "images.pt").read_bytes())
     pixels[len(pixels) // 2] ^= 1
@@ -340,6 +391,7 @@ def test_broken_run_folders(here):
     one_line(evaluation.main, [run], "images.pt", "corrupted")
     (run / "images.pt").unlink()
     one_line(evaluation.main, [run], "images.pt", "missing")
+    one_line(recover.main, ["--iterations", "0", "--ipc", "2", "--resume"], "images.pt", "missing", "remove")
     teacher = Path("runs/toy-convnet/teacher.pt")
     teacher.write_bytes(teacher.read_bytes()[:-100])
     one_line(recover.main, ["--ipc", "4"], "teacher.pt", "corrupted")
@@ -352,16 +404,23 @@ def test_other_training_images_than_the_teachers_are_refused(here):
     one_line(recover.main, TINY, "other training images")
 
 
-def test_unfinished_images_are_not_taken(here, monkeypatch):
+def test_broken_leftovers_of_a_killed_run(here, monkeypatch):
     monkeypatch.setattr(recover, "finish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         recover.main(TINY)
-    one_line(relabel.main, ["runs/toy-convnet/cfm-ipc3-iterations8"], "unfinished", "--resume")
+    run = Path("runs/toy-convnet/cfm-ipc3-iterations8")
+    one_line(relabel.main, [run], "unfinished", "--resume")
+    raw, memory = run / "images.raw", run / "memory.pt"
+    whole = raw.read_bytes()
+    raw.write_bytes(whole[:-1])
+    one_line(recover.main, [*TINY, "--resume"], "images.raw", "remove")
+    raw.write_bytes(whole)
+    memory.write_bytes(memory.read_bytes()[:99])
+    one_line(recover.main, [*TINY, "--resume"], "memory.pt", "damaged")
 
 
 def test_help_of_every_script():
-    for module in (squeeze, recover, relabel, evaluation):
+    for module in (squeeze, recover, relabel, evaluation, baselines):
         with pytest.raises(SystemExit) as stop:
             module.main(["--help"])
         assert stop.value.code == 0
-    assert re.search(r"python recover.py --dataset tiny --ipc 100 --alpha-max 1", recover.__doc__)

@@ -165,6 +165,21 @@ def test_filter_gradients(name, psi):
     assert torch.autograd.gradcheck(lambda A: sp.apply_filter(A, f), A)
 
 
+def test_filter_gradients_with_a_number_a_layer():
+    """A stack of layers, each with its own rate, as MTT has it."""
+    stack = torch.stack([random_psi(4), torch.eye(4, **f64), random_psi(4, 2)]).requires_grad_()
+    eta = torch.tensor([[0.1], [0.2], [0.3]], **f64)
+    for f in (sp.gradient_descent(eta, 3), sp.gradient_descent_sum(eta, 3)):
+        assert torch.autograd.gradcheck(lambda A: sp.spectral_filter(A, f), stack)
+
+
+def test_a_failed_factorisation_shows():
+    """The ridge of a matrix that is not positive definite must not come back as numbers."""
+    assert sp.ridge_filter(-torch.eye(3), 0.5).isnan().all()
+    mixed = sp.ridge_filter(torch.stack([torch.eye(3), -torch.eye(3)]), 0.5)
+    assert mixed[0].isfinite().all() and mixed[1].isnan().all()
+
+
 def test_repeated_eigenvalues_break_eigh_but_not_the_filter():
     """The reason for Daleckii-Krein: autograd's own way through eigh gives NaN on the identity."""
     A = torch.eye(4, **f64, requires_grad=True)

@@ -1,0 +1,276 @@
+"""Data sets that are files, the way out to other code and back, and labels at scale."""
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import eval as evaluation
+import recover
+import relabel
+import squeeze
+from squeeze import BadInput
+from test_pipeline import here, one_line, teacher  # noqa: F401, fixtures
+
+
+def picture(path, mode="RGB", size=(40, 36), seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """train/ and val/ of two classes, five and two images each, one of them grey and one CMYK."""
+    for part, n in (("train", 5), ("val", 2)):
+        for c, name in enumerate(("cat", "dog")):
+            for i in range(n):
+                mode = {0: "L", 1: "CMYK"}.get(i, "RGB")
+                picture(tmp_path / "set" / part / name / f"{i}.jpg", mode, seed=100 * c + i)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "set"
+
+
+def test_folder_data(folder):
+    data = squeeze.load_data("folder", str(folder), size=32)
+    assert data.classes == ["cat", "dog"] and data.train.labels.tolist() == [0] * 5 + [1] * 5
+    images = squeeze.take(data, data.train, torch.tensor([0, 6]))
+    assert images.shape == (2, 3, 32, 32) and images.dtype == torch.uint8
+    assert torch.equal(images[0, 0], images[0, 1])         # grey stays grey in three channels
+    seen = list(squeeze.batches(data, data.train, 3))
+    assert torch.equal(torch.cat([x for x, _ in seen])[6], images[1]) and [len(y) for _, y in seen] == [3, 3, 3, 1]
+    assert torch.equal(squeeze.in_memory(data, data.train).images[6], images[1])
+    for augment in ("crop", "resized"):
+        epochs = [torch.cat([x for x, _ in squeeze.training_batches(data, 4, augment, np.random.default_rng(seed))])
+                  for seed in (0, 0, 1)]
+        assert torch.equal(epochs[0], epochs[1]) and not torch.equal(epochs[0], epochs[2]) and len(epochs[0]) == 10
+
+
+def test_folder_errors(folder):
+    load = lambda: squeeze.load_data("folder", str(folder), size=32)
+    one_line(lambda flags: squeeze.load_data("folder", "nowhere"), [], "--data nowhere", "train/")
+    extra = folder / "val" / "mouse"
+    picture(extra / "0.jpg")
+    one_line(lambda flags: load(), [], "'mouse'", "not in train/")
+    shutil.rmtree(extra)
+    (folder / "train" / "cat" / "3.jpg").write_bytes(b"no picture")
+    one_line(lambda flags: list(squeeze.batches(load(), load().train, 4)), [], "cat/3.jpg", "not a readable image")
+    one_line(lambda flags: recover.first_images(load(), 6), [], "--ipc 6", "'cat'", "5 training images")
+    (folder / "val" / "empty").mkdir(), (folder / "train" / "empty").mkdir()
+    one_line(lambda flags: load(), [], "no image in class 'empty'")
+    (folder / "empty" / "train").mkdir(parents=True)
+    one_line(lambda flags: squeeze.load_data("imagenet", str(folder / "empty")), [], "no class folders in train/")
+
+
+def test_folder_runs_end_to_end_and_the_size_is_remembered(folder, capsys):
+    squeeze.main(["--dataset", "folder", "--data", str(folder), "--size", "32", "--network", "convnet", "--epochs", "1", "--batch",
+                  "5"])
+    recover.main(["--dataset", "folder", "--network", "convnet", "--ipc", "2", "--iterations", "2"])
+    run = "runs/folder-convnet/cfm-ipc2-iterations2"
+    assert torch.load(f"{run}/images.pt", weights_only=True)["images"].shape == (4, 3, 32, 32)
+    evaluation.main([run, "--seeds", "1", "--epochs", "2"])
+    assert "plan: 2 rounds of 2 images, 2 batches of 2 iterations" in capsys.readouterr().out
+    one_line(squeeze.main, ["--size", "32"], "--size", "folder")
+    one_line(squeeze.main, ["--pretrained"], "--pretrained", "imagenet")
+
+
+def tiny(root):
+    """Tiny-ImageNet's layout with two of its classes."""
+    base = root / "tiny-imagenet-200"
+    rows = []
+    for c, wnid in enumerate(("n02", "n01")):
+        for i in range(3):
+            picture(base / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", size=(64, 64), seed=10 * c + i)
+        picture(base / "val" / "images" / f"val_{c}.JPEG", size=(64, 64), seed=50 + c)
+        rows.append(f"val_{c}.JPEG\t{wnid}\t0\t0\t1\t1")
+    rows.append("val_9.JPEG\tn99\t0\t0\t1\t1")             # a class that this copy lacks
+    (base / "val" / "val_annotations.txt").write_text("\n".join(rows) + "\n")
+    return base
+
+
+def test_tiny(tmp_path, monkeypatch):
+    base = tiny(tmp_path)
+    data = squeeze.load_data("tiny", str(tmp_path))
+    assert data.classes == ["n01", "n02"] and data.size == 64 and data.test.labels.tolist() == [1, 0]
+    train = squeeze.in_memory(data, data.train)
+    assert train.images.shape == (6, 3, 64, 64)
+    expected = torchvision.transforms.functional.pil_to_tensor(Image.open(base / "train/n01/images/n01_1.JPEG"))
+    assert torch.equal(train.images[1], expected)
+    (base / "val" / "images" / "val_1.JPEG").unlink()
+    one_line(lambda flags: squeeze.load_data("tiny", str(tmp_path)), [], "val_annotations.txt", "val_1.JPEG", "not there")
+    (base / "val" / "val_annotations.txt").unlink()
+    one_line(lambda flags: squeeze.load_data("tiny", str(tmp_path)), [], "val/val_annotations.txt")
+    shutil.rmtree(base)
+    monkeypatch.setattr(squeeze, "download_and_extract_archive", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+    one_line(lambda flags: squeeze.load_data("tiny", str(tmp_path)), [], "cannot be downloaded", "tiny-imagenet-200.zip")
+
+
+# ---- teachers and students
+
+def test_teacher_file(here):  # noqa: F811
+    state = torch.load("runs/toy-convnet/teacher.pt", weights_only=True)
+    torch.save(state["state_dict"], "mine.pth")
+    score = json.loads(Path("runs/toy-convnet/config.json").read_text())["results"]["test"]
+    statistics = torch.load("runs/toy-convnet/statistics.pt", weights_only=True)["layers"]
+    shutil.rmtree("runs")
+    squeeze.main(["--classes", "4", "--teacher", "mine.pth"])
+    assert json.loads(Path("runs/toy-convnet/config.json").read_text())["results"]["test"] == score
+    again = torch.load("runs/toy-convnet/statistics.pt", weights_only=True)["layers"]
+    assert all(torch.allclose(again[name]["ffc"], statistics[name]["ffc"], rtol=1e-4) for name in statistics)
+    shutil.rmtree("runs")
+    one_line(squeeze.main, ["--classes", "6", "--teacher", "mine.pth"], "--teacher mine.pth", "class count")
+    one_line(squeeze.main, ["--classes", "4", "--network", "resnet18", "--teacher", "mine.pth"], "another architecture")
+    Path("mine.pth").write_bytes(b"nothing")
+    one_line(squeeze.main, ["--classes", "4", "--teacher", "mine.pth"], "not a readable state dict")
+    one_line(squeeze.main, ["--classes", "4", "--teacher", "absent.pth"], "--teacher absent.pth")
+    assert not Path("runs").exists()
+
+
+def test_pretrained_weights_that_cannot_be_fetched(folder, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("no network")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setenv("TORCH_HOME", str(folder / "hub"))
+    one_line(squeeze.main, ["--dataset", "imagenet", "--data", folder, "--pretrained"], "--pretrained", "put the file into", "hub")
+
+
+@pytest.mark.parametrize("name", squeeze.STUDENTS)
+@pytest.mark.parametrize("size", [32, 64])
+def test_students_fit_small_images(name, size):
+    if (name, size) == ("regnet_y_8gf", 64) or (name == "resnet101" and size == 64):
+        pytest.skip("the same code as at 32 px, and seconds long")
+    with torch.no_grad():
+        network = squeeze.build_network(name, 7, size).eval()
+        shapes = []
+        hooks = [m.register_forward_hook(lambda m, i, o: shapes.append(o.shape[-1])) for m in network.modules()
+                 if isinstance(m, torch.nn.Conv2d)]
+        assert network(torch.randn(1, 3, size, size)).shape == (1, 7)
+    assert shapes[0] == size and len(hooks)                # the stem keeps every pixel
+
+
+# ---- out to the world, and back
+
+def test_export_reads_back_to_the_same_accuracy(here):  # noqa: F811
+    recover.main(["--ipc", "2", "--iterations", "4"])
+    run = "runs/toy-convnet/cfm-ipc2-iterations4"
+    evaluation.main([run, "--seeds", "1", "--epochs", "4"])
+    evaluation.main([run, "--export", "images-of-mine"])
+    content = torch.load(f"{run}/images.pt", weights_only=True)
+    loaded = torchvision.datasets.ImageFolder("images-of-mine")
+    assert loaded.classes == sorted(content["classes"]) and len(loaded) == 8
+    pixels = torchvision.transforms.functional.pil_to_tensor(loaded[1][0])
+    label = content["classes"].index(loaded.classes[loaded[1][1]])
+    assert torch.equal(pixels, content["images"][content["labels"] == label][1])
+    relabel.main(["runs/toy-convnet", "--images", "images-of-mine", "--epochs", "4"])
+    back = "runs/toy-convnet/images-of-mine"
+    assert torch.equal(torch.load(f"{back}/images.pt", weights_only=True)["images"], content["images"])
+    evaluation.main([back, "--seeds", "1"])
+    results = [json.loads(Path(f"{r}/result.json").read_text())["convnet-epochs4"] for r in (run, back)]
+    assert results[0]["averaged"] == results[1]["averaged"] and results[0]["raw"] == results[1]["raw"]
+    one_line(evaluation.main, [run, "--export", "images-of-mine"], "--export", "not empty")
+    one_line(relabel.main, ["runs/toy-convnet", "--images", "nowhere"], "--images nowhere")
+    Path("images-of-mine/zebra").mkdir()
+    one_line(relabel.main, ["runs/toy-convnet", "--images", "images-of-mine"], "'zebra'")
+    Path("images-of-mine/zebra").rmdir()
+    picture(Path("images-of-mine/layout0-rows/00000.png"))
+    one_line(relabel.main, ["runs/toy-convnet", "--images", "images-of-mine"], "00000.png", "pixels found")
+
+
+# ---- labels at scale
+
+def test_compressed_labels_keep_the_mass():
+    logits = torch.randn(50, 20) * 5
+    for k in (1, 5, 19, 20):
+        values, classes = relabel.compress(logits, k)
+        assert values.shape == (50, k + 1) and classes.shape == (50, k) and classes.dtype == torch.int16
+        back, p = relabel.expand(values, classes, 20), torch.softmax(logits / 20, 1)
+        q = torch.softmax(back / 20, 1)
+        assert torch.allclose(q.gather(1, classes.long()), p.gather(1, classes.long()), atol=1e-6)
+        if k < 19:
+            rest = torch.ones_like(q).scatter(1, classes.long(), 0).bool()
+            assert torch.allclose(q[rest].view(50, -1).std(1), torch.zeros(50), atol=1e-6)
+
+
+def test_ways_to_store_fewer_labels(here):  # noqa: F811
+    recover.main(["--ipc", "2", "--iterations", "0"])
+    run = Path("runs/toy-convnet/real-ipc2")
+    one_line(relabel.main, [run, "--top-k", "5"], "--top-k 5", "4 classes")
+    one_line(relabel.main, [run, "--epochs", "3", "--keep-epochs", "4"], "--keep-epochs 4", "--epochs 3")
+    one_line(relabel.main, [run, "--epochs", "1000000000000"], "soft labels need", "are free")
+    evaluation.main([str(run), "--seeds", "1", "--epochs", "4", "--online"])
+    evaluation.main([str(run), "--seeds", "1", "--epochs", "4", "--resume"])
+    result = json.loads((run / "result.json").read_text())
+    assert result["convnet-epochs4"]["averaged"] == result["convnet-epochs4-online"]["averaged"]
+    assert result["convnet-epochs4"]["label_bytes"] == 2 * 4 * 8 * 4
+    shutil.rmtree(run / "labels"), (run / "result.json").unlink()
+    relabel.main([str(run), "--epochs", "4", "--keep-epochs", "2", "--top-k", "1"])
+    assert np.load(run / "labels" / "soft_labels.npy").shape == (2, 8, 2)
+    evaluation.main([str(run), "--seeds", "1"])
+    assert json.loads((run / "result.json").read_text())["convnet-epochs4"]["label_bytes"] == 2 * 2 * 8 * 3
+    settings = json.loads((run / "labels" / "config.json").read_text())["settings"]
+    assert torch.equal(relabel.read_epoch(run / "labels", settings, 3, 4), relabel.read_epoch(run / "labels", settings, 1, 4))
+
+
+def test_relabel_resumes_to_the_same_labels(here, monkeypatch):  # noqa: F811
+    recover.main(["--ipc", "2", "--iterations", "0"])
+    run = Path("runs/toy-convnet/real-ipc2")
+    relabel.main([str(run), "--epochs", "4"])
+    whole = (run / "labels" / "soft_labels.npy").read_bytes()
+    shutil.rmtree(run / "labels")
+    draw, seen = relabel.draw_views, []
+
+    def dies(seed, epoch, *rest):
+        seen.append(epoch)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return draw(seed, epoch, *rest)
+    monkeypatch.setattr(relabel, "draw_views", dies)
+    with pytest.raises(KeyboardInterrupt):
+        relabel.main([str(run), "--epochs", "4"])
+    with pytest.raises(BadInput, match="unfinished"):
+        evaluation.label_source(run, json.loads((run / "config.json").read_text()), evaluation.parse([str(run)]))
+    relabel.main([str(run), "--epochs", "4", "--resume"])
+    assert seen == [0, 1, 2, 2, 3] and (run / "labels" / "soft_labels.npy").read_bytes() == whole
+
+
+# ---- the report
+
+def test_radial_psd_finds_a_wave():
+    x = torch.arange(32).float()
+    for cycles in (3, 12):
+        wave = (127 + 100 * torch.sin(2 * np.pi * cycles * x / 32)).expand(2, 3, 32, 32).to(torch.uint8)
+        radius, power, share = evaluation.radial_psd(wave)
+        assert radius[power.argmax()] == cycles and (share > 0.95) == (cycles == 12)
+
+
+def test_report(here):  # noqa: F811
+    recover.main(["--ipc", "2", "--iterations", "0"])
+    recover.main(["--ipc", "2", "--iterations", "3"])
+    runs = ["runs/toy-convnet/real-ipc2", "runs/toy-convnet/cfm-ipc2-iterations3"]
+    evaluation.main([*runs, "--report"])
+    out = Path("runs/toy-convnet/report")
+    rows = json.loads((out / "report.json").read_text())["runs"]
+    assert set(rows) == {"real-ipc2", "cfm-ipc2-iterations3"}
+    assert all(-1 <= row["similarity"] <= 1 and 0 < row["high_share"] < 1 for row in rows.values())
+    assert (out / "psd.svg").read_text().count("<polyline") == 2 and "cfm round 2" in (out / "filters.svg").read_text()
+    assert torchvision.io.decode_image(str(out / "grid.png")).shape[1:] == (4 * 33 + 1, 10 * 33 + 1)
+    shutil.copytree("runs/toy-convnet", "runs/other-convnet")
+    one_line(evaluation.main, [runs[0], "runs/other-convnet/real-ipc2", "--report"], "--report", "other-convnet")
+    (Path(runs[0]) / "images.pt").unlink()
+    one_line(evaluation.main, [*runs, "--report"], "images.pt", "missing")
+
+
+# ---- the README
+
+def test_readme_snippets_run(here):  # noqa: F811
+    recover.main(["--iterations", "0"])
+    shutil.move("runs/toy-convnet/real-ipc10", "runs/toy-convnet/cfm-ipc10")
+    text = (Path(squeeze.__file__).parent / "README.md").read_text()
+    snippets = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+    assert len(snippets) == 2
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), {})
