@@ -140,13 +140,13 @@ def label_source(run, config, args):
     return labels["settings"], labels["artefacts"]["soft_labels.npy"], labels["results"]["label_bytes"]
 
 
-def test_set(run, args):
+def test_set(run, args, device):
     """The data set of a run, checked to be the teacher's, its test split in memory if it is small."""
     content, config, _ = relabel.load_run(run)
     s = config["settings"]
     data = squeeze.load_data(s["dataset"], args.data or s["data"], content["images"].shape[-1], len(content["classes"]))
     squeeze.check_data(data, content, config)
-    return data._replace(test=squeeze.in_memory(data, data.test))
+    return data._replace(test=squeeze.in_memory(data, data.test, device))
 
 
 def evaluate(run, network, data, args, device):
@@ -374,7 +374,7 @@ def main(argv):
         if stored and (folder / "labels").is_dir() and squeeze.read_config(
                 folder / "labels", "relabel", args.resume)["artefacts"]:
             label_source(run, config, args)
-    sets = {run: test_set(run, args) for run in args.runs}
+    sets = {run: test_set(run, args, device) for run in args.runs}
     for run in args.runs if stored else []:
         relabel.ensure(run, args.epochs, args.resume)
     for run, network in jobs:

@@ -349,17 +349,18 @@ def take(data, split, index):
     return torch.cat([images for images, _ in batches(data, chosen, 100)])
 
 
-def in_memory(data, split):
-    """The split as one uint8 tensor, if it is small pictures (Tiny-ImageNet: 1.2 GB); larger ones stay files, so that
-    training can crop the originals."""
-    if torch.is_tensor(split.images) or data.size > 64:
-        return split
-    return Split(torch.cat([images for images, _ in batches(data, split, 500)]), split.labels)
+def in_memory(data, split, device):
+    """The split as one uint8 tensor on the device, if it is small pictures (Tiny-ImageNet: 1.2 GB); larger ones stay
+    files, so that training can crop the originals."""
+    if not torch.is_tensor(split.images):
+        if data.size > 64:
+            return split
+        split = Split(torch.cat([images for images, _ in batches(data, split, 500)]), split.labels)
+    return split._replace(images=split.images.to(device))
 
 
 def crop_boxes(uniform, scale, ratio=(3 / 4, 4 / 3)):
-    """Random resized crops from uniform numbers [n, 4]: centre x, centre y, width, height [n, 4], as fractions of the
-    image.
+    """Random resized crops from uniform numbers [n, 4]: centre x and y, width, height [n, 4], in fractions of a side.
 
     Area uniform in `scale`, log aspect ratio uniform in log `ratio`, as torchvision's RandomResizedCrop; a side that
     does not fit is cut to the image where torchvision would draw again. Drawn with NumPy, the same on every device.
@@ -371,8 +372,7 @@ def crop_boxes(uniform, scale, ratio=(3 / 4, 4 / 3)):
 
 
 def crop_grid(boxes, flips, size):
-    """The sampling grid [B, S, S, 2] of crops `boxes` [B, 4] resized to S pixels, mirrored where `flips` [B] is
-    true."""
+    """The sampling grid [B, S, S, 2] of crops `boxes` [B, 4] resized to S pixels, mirrored where `flips` [B] says."""
     x, y, w, h = boxes.unbind(1)
     zero = torch.zeros_like(x)
     theta = torch.stack([torch.where(flips, -w, w), zero, 2 * x - 1, zero, h, 2 * y - 1], 1).view(-1, 2, 3)
@@ -413,9 +413,8 @@ def training_batches(data, batch, augment, rng):
         if augment == "crop":
             yield shifted(padded, index, rng, data.size), labels[index]
         else:
-            boxes, flips = crop_boxes(rng.random((len(index), 4)),
-                                      (0.08, 1)), torch.from_numpy(rng.random(len(index)) < 0.5)
-            grid = crop_grid(boxes, flips, data.size).to(images.device)
+            boxes = crop_boxes(rng.random((len(index), 4)), (0.08, 1))
+            grid = crop_grid(boxes, torch.from_numpy(rng.random(len(index)) < 0.5), data.size).to(images.device)
             yield resample(images[index.to(images.device)].float(), grid), labels[index]
 
 
@@ -441,8 +440,7 @@ def resnet(name, classes, size):
 
 
 def small_stem(network, name):
-    """The stems of torchvision's other students shrink 4-fold; at 32 and 64 px that is too much, so they keep every
-    pixel."""
+    """Stems of torchvision's other students that keep every pixel: they shrink 4-fold, too much at 32 and 64 px."""
     if name == "densenet121":
         network.features.conv0, network.features.pool0 = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
     elif name == "regnet_y_8gf":
@@ -794,7 +792,7 @@ def run(s, resume):
     settings = {**s, "data": str(Path(s["data"]).resolve())}
     config = open_run(folder, "squeeze", settings, {"data": data.sha256}, resume)
     if "statistics.pt" not in config["artefacts"]:
-        data = data._replace(train=in_memory(data, data.train), test=in_memory(data, data.test))
+        data = data._replace(train=in_memory(data, data.train, device), test=in_memory(data, data.test, device))
         squeeze(data, preset, s, folder, config, device, network)
     print(f"teacher: {config['results']['test']:.2f} % test accuracy, in {folder}\nnext: python recover.py "
           f"--dataset {s['dataset']} --network {s['network']}")

@@ -43,7 +43,7 @@ def test_folder_data(folder):
     assert torch.equal(images[0, 0], images[0, 1])         # grey stays grey in three channels
     seen = list(squeeze.batches(data, data.train, 3))
     assert torch.equal(torch.cat([x for x, _ in seen])[6], images[1]) and [len(y) for _, y in seen] == [3, 3, 3, 1]
-    assert torch.equal(squeeze.in_memory(data, data.train).images[6], images[1])
+    assert torch.equal(squeeze.in_memory(data, data.train, torch.device("cpu")).images[6], images[1])
     for augment in ("crop", "resized"):
         epochs = [torch.cat([x for x, _ in squeeze.training_batches(data, 4, augment, np.random.default_rng(seed))])
                   for seed in (0, 0, 1)]
@@ -96,7 +96,7 @@ def test_tiny(tmp_path, monkeypatch):
     base = tiny(tmp_path)
     data = squeeze.load_data("tiny", str(tmp_path))
     assert data.classes == ["n01", "n02"] and data.size == 64 and data.test.labels.tolist() == [1, 0]
-    train = squeeze.in_memory(data, data.train)
+    train = squeeze.in_memory(data, data.train, torch.device("cpu"))
     assert train.images.shape == (6, 3, 64, 64)
     expected = torchvision.transforms.functional.pil_to_tensor(Image.open(base / "train/n01/images/n01_1.JPEG"))
     assert torch.equal(train.images[1], expected)
