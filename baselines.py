@@ -77,7 +77,7 @@ def step_size(s, psi):
         return 1 / largest
     if s["eta"] * largest.max() > 2:
         raise BadInput(f"--eta {s['eta']}: gradient descent diverges, eta * lambda is {s['eta'] * largest.max():.3g}: "
-                       f"here at most {2 / largest.max():.3g}, or leave it out to have it chosen")
+                       f"use at most {2 / largest.max():.3g}, or leave it out to have it chosen")
     return s["eta"] * torch.ones_like(largest)
 
 

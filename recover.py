@@ -377,8 +377,9 @@ def run(args, method, defaults, pairs_for):
     statistics = squeeze.load(parent, "statistics.pt", parent_config)
     squeeze.check_data(data, teacher, parent_config)
     pairs_of = pairs_for(s)
-    for psi, _ in stack(real_layers(statistics, s.get("layers", "conv"), s, device)):
-        pairs_of(0, psi)                                   # an unstable rate is refused before any work
+    real = stack(real_layers(statistics, s.get("layers", "conv"), s, device))
+    for psi, _ in sorted(real, key=lambda layer: -torch.linalg.matrix_norm(layer[0], 2).max()):
+        pairs_of(0, psi)                                   # refuses an unstable rate, by the largest eigenvalue first
     inputs = {"data": data.sha256, **parent_config["artefacts"]}
     folder = parent / run_name(method, s, {**defaults, **preset})
     s["data"] = str(Path(s["data"]).resolve())

@@ -3,11 +3,11 @@
     python tests/bench.py                      all cases that fit the device
     python tests/bench.py --cases convnet-32-10 resnet18-32-100 --repetitions 5
 
-The reference step is the paper's, written the plain way: unfolded network, contiguous NCHW, float32, a covariance and two
-torch.linalg.solve a layer and side, the real side anew at each step. Before any timing both must give the same loss (1e-3)
-and the same image gradient (1e-2, relative) in float32. Repetitions are interleaved, since machines drift; a row is the median of the
-per-repetition ratios. Peak memory comes from one process per variant: CUDA's counter, or the resident set on a CPU.
-Prints a table and writes bench.json.
+The reference step is the paper's, written the plain way: unfolded network, contiguous NCHW, float32, a covariance and
+two torch.linalg.solve a layer and side, the real side anew at each step. Before any timing both must give the same
+loss (1e-3) and the same image gradient (1e-2, relative) in float32. Repetitions are interleaved, since machines
+drift; a row is the median of the per-repetition ratios. Peak memory comes from one process per variant: CUDA's
+counter, or the resident set on a CPU. Prints a table and writes bench.json.
 """
 import argparse
 import json
@@ -29,8 +29,10 @@ import relabel
 import spectral
 import squeeze
 
-CASES = {"convnet-32-10": ("convnet", 32, 10), "convnet-32-100": ("convnet", 32, 100), "resnet18-32-100": ("resnet18", 32, 100),
-         "resnet18-64-200": ("resnet18", 64, 200), "resnet18-224-500": ("resnet18", 224, 500), "resnet18-224-8": ("resnet18", 224, 8)}
+CASES = {"convnet-32-10": ("convnet", 32, 10), "convnet-32-100": ("convnet", 32, 100),
+         "resnet18-32-100": ("resnet18", 32, 100),
+         "resnet18-64-200": ("resnet18", 64, 200), "resnet18-224-500": ("resnet18", 224, 500),
+         "resnet18-224-8": ("resnet18", 224, 8)}
 ALPHA, GAMMA = 0.1, 0.1
 
 
@@ -45,7 +47,8 @@ def setup(case):
             network(torch.randn(16, 3, size, size))
     network.to(squeeze.pick_device()).eval().requires_grad_(False)
     images = squeeze.toy(-(-B // 10), 10, 0, size)[0][:B]
-    settings = dict(iterations=1, lr=0.1, gamma=GAMMA, signal="mean", no_emu=False, filter="cfm", schedule="constant", ipc=1,
+    settings = dict(iterations=1, lr=0.1, gamma=GAMMA, signal="mean", no_emu=False, filter="cfm", schedule="constant",
+                    ipc=1,
                     alpha_max=ALPHA)
     teacher = dict(mean=[0.5] * 3, std=[0.25] * 3)
     images = squeeze.normalise(images.to(squeeze.pick_device()), teacher["mean"], teacher["std"])
@@ -76,7 +79,8 @@ def reference_steps(network, images, labels, real, settings, teacher, T):
     optimizer = torch.optim.Adam([images], settings["lr"], betas=(0.5, 0.9))
     boxes, flips, rolls = recover.random_views(np.random.default_rng(0), T, len(images), images.shape[-1])
     for t in range(T):
-        grid = squeeze.crop_grid(boxes[t].to(images.device), flips[t].to(images.device), images.shape[-1]).roll(rolls[t], (1, 2))
+        grid = squeeze.crop_grid(boxes[t].to(images.device), flips[t].to(images.device),
+                                 images.shape[-1]).roll(rolls[t], (1, 2))
         view = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
         loss = reference_loss(network, view, labels, real)
         optimizer.zero_grad()
@@ -139,7 +143,8 @@ def prepared(case, variant):
 
 def peak(case, variant):
     """Peak memory in MB of a fresh process that takes three steps."""
-    out = subprocess.run([sys.executable, __file__, "--peak", case, variant], capture_output=True, text=True, check=True)
+    out = subprocess.run([sys.executable, __file__, "--peak", case, variant], capture_output=True, text=True,
+                         check=True)
     return float(out.stdout.split()[-1])
 
 
@@ -163,10 +168,13 @@ def recover_rows(cases, repetitions, T):
         runs = {variant: prepared(case, variant) for variant in VARIANTS}
         for function, args in runs.values():
             function(*args, 1)
-        seconds = [{variant: timed(function, *args, T) / T for variant, (function, args) in runs.items()} for _ in range(repetitions)]
+        seconds = [{variant: timed(function, *args, T) / T for variant, (function, args) in runs.items()}
+                   for _ in range(repetitions)]
         speedup = [s["reference"] / s["ours"] for s in seconds]
-        row = {"case": case, **{v: stats.median(s[v] for s in seconds) for v in VARIANTS}, "speedup": stats.median(speedup),
-               "spread": [min(speedup), max(speedup)], "over_bare": stats.median(s["ours"] / s["bare"] for s in seconds),
+        row = {"case": case, **{v: stats.median(s[v] for s in seconds) for v in VARIANTS},
+               "speedup": stats.median(speedup),
+               "spread": [min(speedup), max(speedup)],
+               "over_bare": stats.median(s["ours"] / s["bare"] for s in seconds),
                "memory": {v: peak(case, v) for v in VARIANTS}, "loss_error": errors[0], "gradient_error": errors[1]}
         rows.append(row)
         print(f"{case:18s} {1e3 * row['reference']:9.1f} {1e3 * row['ours']:9.1f} {1e3 * row['bare']:9.1f} ms   "
@@ -180,11 +188,14 @@ def stage_rows(repetitions, n=1000):
     device = squeeze.pick_device()
     images, labels = squeeze.toy(n // 10, 10, 0)
     data = squeeze.Data("toy", [str(i) for i in range(10)], 32, squeeze.Split(images, labels), None, "")
-    network, teacher = squeeze.fold(squeeze.build_network("convnet", 10, 32).to(device)), dict(mean=[0.5] * 3, std=[0.25] * 3)
+    network, teacher = squeeze.fold(squeeze.build_network("convnet", 10, 32).to(device)), dict(mean=[0.5] * 3,
+                                                                                               std=[0.25] * 3)
     whole, views = images.to(device), relabel.draw_views(0, 0, n, 32, 0.08).to(device)
-    batch, student = squeeze.normalise(whole[:50], [0.5] * 3, [0.25] * 3), squeeze.build_network("convnet", 10, 32).to(device)
+    batch, student = squeeze.normalise(whole[:50], [0.5] * 3, [0.25] * 3), squeeze.build_network("convnet", 10,
+                                                                                                 32).to(device)
     content = dict(classes=data.classes, mean=[0.5] * 3, std=[0.25] * 3)
-    s = dict(network="convnet", ema=0.99, lr=1e-3, wd=1e-2, batch=50, epochs=5, schedule="stretched", hard=False, temperature=20.0)
+    s = dict(network="convnet", ema=0.99, lr=1e-3, wd=1e-2, batch=50, epochs=5, schedule="stretched", hard=False,
+             temperature=20.0)
     answer = lambda epoch, views: torch.zeros(100, 10, device=device)
 
     @torch.no_grad()
@@ -198,15 +209,19 @@ def stage_rows(repetitions, n=1000):
             with squeeze.autocast(device):
                 loss = student(batch).float().square().mean()
             loss.backward()
-    jobs = {"statistics": (lambda: squeeze.gather_statistics(network, data, [0.5] * 3, [0.25] * 3, device, 128), n, lambda: forward(128), n),
-            "relabel": (lambda: list(relabel.soft_labels(network, teacher, whole, views, 500)), n, lambda: forward(500), n),
-            "eval": (lambda: evaluation.train_student(content, whole[:100], answer, dict(keep_epochs=5, seed=0, scale=0.08), s,
+    jobs = {"statistics": (lambda: squeeze.gather_statistics(network, data, [0.5] * 3, [0.25] * 3, device, 128), n,
+                           lambda: forward(128), n),
+            "relabel": (lambda: list(relabel.soft_labels(network, teacher, whole, views, 500)), n,
+                        lambda: forward(500), n),
+            "eval": (lambda: evaluation.train_student(content, whole[:100], answer,
+                                                      dict(keep_epochs=5, seed=0, scale=0.08), s,
                                                       {}, 0, Path("no checkpoint")), 500, train, 500)}
     rows = []
     for stage, (ours, count, bare, bare_count) in jobs.items():
         ours(), bare()
         pairs = [(count / timed(ours), bare_count / timed(bare)) for _ in range(repetitions)]
-        row = {"stage": stage, "images_per_second": stats.median(a for a, _ in pairs), "bare": stats.median(b for _, b in pairs),
+        row = {"stage": stage, "images_per_second": stats.median(a for a, _ in pairs),
+               "bare": stats.median(b for _, b in pairs),
                "share": stats.median(a / b for a, b in pairs)}
         rows.append(row)
         print(f"{stage:18s} {row['images_per_second']:8.0f} images/s, bare network {row['bare']:8.0f}: {100 * row['share']:.0f} %", flush=True)
@@ -230,7 +245,8 @@ def main():
     device = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     print(f"{device}, torch {torch.__version__}\n{'recover step':18s} {'reference':>9s} {'ours':>9s} {'bare':>9s}")
     result = {"device": device, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
-              "recover": recover_rows(args.cases, args.repetitions, args.steps), "stages": stage_rows(args.repetitions)}
+              "recover": recover_rows(args.cases, args.repetitions, args.steps),
+              "stages": stage_rows(args.repetitions)}
     Path("bench.json").write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -63,7 +63,8 @@ def test_mtt_pairs_are_gradient_descent(sets):
     """p real and q synthetic full-batch steps from the same W_0, by a loop (Eq. 6-8)."""
     eta = 1 / max(torch.linalg.eigvalsh(H.T @ H)[-1] for H, _ in sets)
     W0 = torch.randn(8, 3, dtype=torch.float64)
-    for (H, Y), steps, (before_start, learned) in zip(sets, (S["p"], S["q"]), compared(baselines.mtt, sets, eta[None, None])):
+    for (H, Y), steps, (before_start, learned) in zip(sets, (S["p"], S["q"]),
+                                                      compared(baselines.mtt, sets, eta[None, None])):
         W = W0.clone()
         for _ in range(steps):
             W -= eta * H.T @ (H @ W - Y)
@@ -104,7 +105,8 @@ def test_responses_agree_with_the_papers_table():
     def band(f):
         slope = f(lam).diff()
         return "flat" if slope.abs().max() < 1e-12 else "low" if (slope >= 0).all() else "high" if (slope <= 0).all() else "mixed"
-    expected = {"dm": {"flat"}, "sre2l": {"low", "flat"}, "dc": {"low", "flat"}, "covm": {"low", "flat"}, "mtt": {"high"},
+    expected = {"dm": {"flat"}, "sre2l": {"low", "flat"}, "dc": {"low", "flat"}, "covm": {"low", "flat"},
+                "mtt": {"high"},
                 "frepo": {"high"}}
     eta = torch.tensor([[0.25]], dtype=torch.float64)
     for name, (method, _) in baselines.METHODS.items():
@@ -122,7 +124,8 @@ def test_dm_signal_follows_large_eigenvalues():
     torch.manual_seed(0)
     H = torch.randn(300, 6, dtype=torch.float64) * torch.tensor([8, 4, 2, 1, 0.5, 0.25], dtype=torch.float64)
     lam, U = torch.linalg.eigh(H.T @ H)
-    power = torch.stack([(U.T @ (H.T @ torch.randn(300, 1, dtype=torch.float64)))[:, 0] ** 2 for _ in range(2000)]).mean(0)
+    power = torch.stack([(U.T @ (H.T @ torch.randn(300, 1, dtype=torch.float64)))[:, 0] ** 2
+                         for _ in range(2000)]).mean(0)
     assert np.allclose(power, lam, rtol=0.2)
 
 
@@ -133,18 +136,22 @@ def test_every_method_runs_on_toy_images(here, method):  # noqa: F811
     content, config, _ = relabel.load_run(run)
     real = squeeze.toy(1000, 4, 0)[0][[0, 1000, 2000, 3000]]
     assert content["images"].shape == (8, 3, 32, 32) and (content["images"][:4] != real).any()
-    assert config["settings"]["method"] == method and config["settings"]["signal"] == ("mean" if method == "sre2l" else "class")
+    assert config["settings"]["method"] == method and config["settings"]["signal"] == ("mean" if method == "sre2l"
+                                                                                       else "class")
 
 
 def test_last_layer_on_request(here):  # noqa: F811
     baselines.main(["--method", "frepo", "--ipc", "2", "--iterations", "3", "--layers", "last"])
-    assert torch.load("runs/toy-convnet/frepo-ipc2-iterations3-layerslast/images.pt", weights_only=True)["images"].shape[0] == 8
+    assert torch.load("runs/toy-convnet/frepo-ipc2-iterations3-layerslast/images.pt",
+                      weights_only=True)["images"].shape[0] == 8
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--method", "kip"], ["--method", "kip", "frepo"]), ([], ["--method"]), (["--method", "mtt", "--p", "0"], ["--p", ">= 1"]),
+    (["--method", "kip"], ["--method", "kip", "frepo"]), ([], ["--method"]),
+                                          (["--method", "mtt", "--p", "0"], ["--p", ">= 1"]),
     (["--method", "mtt", "--q", "0"], ["--q"]), (["--method", "frepo", "--beta", "0"], ["--beta", "> 0"]),
-    (["--method", "frepo", "--beta", "-1"], ["--beta"]), (["--method", "mtt", "--eta", "1e6"], ["--eta", "diverges", "at most"])])
+    (["--method", "frepo", "--beta", "-1"], ["--beta"]), (["--method", "mtt", "--eta", "1e6"],
+                                                          ["--eta", "diverges", "at most"])])
 def test_bad_flags(here, flags, words):  # noqa: F811
     one_line(baselines.main, flags, *words)
 

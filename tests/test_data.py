@@ -67,7 +67,8 @@ def test_folder_errors(folder):
 
 
 def test_folder_runs_end_to_end_and_the_size_is_remembered(folder, capsys):
-    squeeze.main(["--dataset", "folder", "--data", str(folder), "--size", "32", "--network", "convnet", "--epochs", "1", "--batch",
+    squeeze.main(["--dataset", "folder", "--data", str(folder), "--size", "32", "--network", "convnet", "--epochs",
+                  "1", "--batch",
                   "5"])
     recover.main(["--dataset", "folder", "--network", "convnet", "--ipc", "2", "--iterations", "2"])
     run = "runs/folder-convnet/cfm-ipc2-iterations2"
@@ -101,12 +102,15 @@ def test_tiny(tmp_path, monkeypatch):
     expected = torchvision.transforms.functional.pil_to_tensor(Image.open(base / "train/n01/images/n01_1.JPEG"))
     assert torch.equal(train.images[1], expected)
     (base / "val" / "images" / "val_1.JPEG").unlink()
-    one_line(lambda flags: squeeze.load_data("tiny", str(tmp_path)), [], "val_annotations.txt", "val_1.JPEG", "not there")
+    one_line(lambda flags: squeeze.load_data("tiny", str(tmp_path)), [], "val_annotations.txt", "val_1.JPEG",
+             "not there")
     (base / "val" / "val_annotations.txt").unlink()
     one_line(lambda flags: squeeze.load_data("tiny", str(tmp_path)), [], "val/val_annotations.txt")
     shutil.rmtree(base)
-    monkeypatch.setattr(squeeze, "download_and_extract_archive", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
-    one_line(lambda flags: squeeze.load_data("tiny", str(tmp_path)), [], "cannot be downloaded", "tiny-imagenet-200.zip")
+    monkeypatch.setattr(squeeze, "download_and_extract_archive", lambda *a,
+                        **k: (_ for _ in ()).throw(OSError("no network")))
+    one_line(lambda flags: squeeze.load_data("tiny", str(tmp_path)), [], "cannot be downloaded",
+             "tiny-imagenet-200.zip")
 
 
 # ---- teachers and students
@@ -123,7 +127,8 @@ def test_teacher_file(here):  # noqa: F811
     assert all(torch.allclose(again[name]["ffc"], statistics[name]["ffc"], rtol=1e-4) for name in statistics)
     shutil.rmtree("runs")
     one_line(squeeze.main, ["--classes", "6", "--teacher", "mine.pth"], "--teacher mine.pth", "class count")
-    one_line(squeeze.main, ["--classes", "4", "--network", "resnet18", "--teacher", "mine.pth"], "another architecture")
+    one_line(squeeze.main, ["--classes", "4", "--network", "resnet18", "--teacher", "mine.pth"],
+             "another architecture")
     Path("mine.pth").write_bytes(b"nothing")
     one_line(squeeze.main, ["--classes", "4", "--teacher", "mine.pth"], "not a readable state dict")
     one_line(squeeze.main, ["--classes", "4", "--teacher", "absent.pth"], "--teacher absent.pth")
@@ -135,7 +140,8 @@ def test_pretrained_weights_that_cannot_be_fetched(folder, monkeypatch):
         raise OSError("no network")
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     monkeypatch.setenv("TORCH_HOME", str(folder / "hub"))
-    one_line(squeeze.main, ["--dataset", "imagenet", "--data", folder, "--pretrained"], "--pretrained", "put the file into", "hub")
+    one_line(squeeze.main, ["--dataset", "imagenet", "--data", folder, "--pretrained"], "--pretrained",
+             "put the file into", "hub")
 
 
 @pytest.mark.parametrize("name", squeeze.STUDENTS)
@@ -212,7 +218,8 @@ def test_ways_to_store_fewer_labels(here):  # noqa: F811
     evaluation.main([str(run), "--seeds", "1"])
     assert json.loads((run / "result.json").read_text())["convnet-epochs4"]["label_bytes"] == 2 * 2 * 8 * 3
     settings = json.loads((run / "labels" / "config.json").read_text())["settings"]
-    assert torch.equal(relabel.read_epoch(run / "labels", settings, 3, 4), relabel.read_epoch(run / "labels", settings, 1, 4))
+    assert torch.equal(relabel.read_epoch(run / "labels", settings, 3, 4),
+                       relabel.read_epoch(run / "labels", settings, 1, 4))
 
 
 def test_relabel_resumes_to_the_same_labels(here, monkeypatch):  # noqa: F811

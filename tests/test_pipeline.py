@@ -46,7 +46,8 @@ def here(teacher, tmp_path, monkeypatch):
 
 
 def script(name, *flags, **kw):
-    return subprocess.run([sys.executable, ROOT / f"{name}.py", *map(str, flags)], capture_output=True, text=True, **kw)
+    return subprocess.run([sys.executable, ROOT / f"{name}.py", *map(str, flags)], capture_output=True, text=True,
+                          **kw)
 
 
 # ---- data
@@ -56,7 +57,8 @@ def test_toy_is_deterministic_and_pairs_share_their_colours():
     images, labels = squeeze.toy(400, 10, 0)
     assert time.process_time() - start < 5 and images.shape == (4000, 3, 32, 32) and images.dtype == torch.uint8
     assert torch.equal(images, squeeze.toy(400, 10, 0)[0]) and not torch.equal(images, squeeze.toy(400, 10, 1)[0])
-    means = torch.stack([F.avg_pool2d(images[labels == k].float().mean(0, keepdim=True), 8).flatten() for k in range(10)])
+    means = torch.stack([F.avg_pool2d(images[labels == k].float().mean(0, keepdim=True), 8).flatten()
+                         for k in range(10)])
     distance = torch.cdist(means, means) + 1e9 * torch.eye(10)
     assert distance.argmin(1).tolist() == [k ^ 1 for k in range(10)]      # seen coarsely, the other of the pair is nearest
 
@@ -83,7 +85,8 @@ def test_cifar10_reads_repickled_files_and_names_broken_ones(tmp_path, monkeypat
     (folder / "data_batch_3").write_bytes(whole[:100000])
     with pytest.raises(BadInput, match="data_batch_3: a truncated or damaged file found"):
         squeeze.load_data("cifar10", str(tmp_path))
-    (folder / "data_batch_3").write_bytes(pickle.dumps({**first, "data": first["data"][:99], "labels": first["labels"][:99]}))
+    (folder / "data_batch_3").write_bytes(pickle.dumps({**first, "data": first["data"][:99],
+                                                        "labels": first["labels"][:99]}))
     with pytest.raises(BadInput, match="found, expected"):
         squeeze.load_data("cifar10", str(tmp_path))
     (folder / "data_batch_3").unlink()                     # a missing file is downloaded; here the network says no
@@ -119,7 +122,8 @@ def test_statistics_equal_numpy_on_images():
         X = X.permute(0, 2, 3, 1).double().numpy()
         H, X = X.mean((1, 2)), X.reshape(-1, X.shape[-1])
         expected[name] = np.cov(X.T, bias=True), X.mean(0), H.T @ np.eye(10)[labels] / 1000
-    layers, head = squeeze.gather_statistics(squeeze.fold(network), data, [0.5] * 3, [0.25] * 3, torch.device("cpu"), 128)
+    layers, head = squeeze.gather_statistics(squeeze.fold(network), data, [0.5] * 3, [0.25] * 3, torch.device("cpu"),
+                                             128)
     assert set(layers) == {*expected, head}
     for name, (psi, mean, phi) in expected.items():
         for found, wanted in ((layers[name]["ffc"], psi), (layers[name]["mean"], mean), (layers[name]["flc"], phi)):
@@ -163,14 +167,16 @@ def test_views_are_bitwise_the_same_whatever_the_batch():
 def test_a_view_is_crop_flip_and_patch():
     images = squeeze.toy(2, 2, 0)[0]
     whole = relabel.Views(torch.tensor([[0.5, 0.5, 1, 1]]).expand(4, 4), torch.tensor([False, True, False, False]),
-                          torch.tensor([0, 1, 0, 1]), torch.tensor([[0, 0, 0, 0], [0, 0, 0, 0], [4, 8, 12, 32], [0, 0, 32, 32]]))
+                          torch.tensor([0, 1, 0, 1]),
+                          torch.tensor([[0, 0, 0, 0], [0, 0, 0, 0], [4, 8, 12, 32], [0, 0, 32, 32]]))
     out = relabel.render(images, whole, torch.arange(4))
     wanted = images.float().clone()
     wanted[1] = wanted[1].flip(-1)
     wanted[2, :, 8:32, 4:12] = images[0, :, 8:32, 4:12].float()
     wanted[3] = images[1].float().flip(-1)
     assert torch.allclose(out, wanted, atol=1e-3)
-    half = relabel.Views(torch.tensor([[0.25, 0.5, 0.5, 1.0]]), torch.tensor([False]), torch.tensor([0]), torch.zeros(1, 4).long())
+    half = relabel.Views(torch.tensor([[0.25, 0.5, 0.5, 1.0]]), torch.tensor([False]), torch.tensor([0]),
+                         torch.zeros(1, 4).long())
     crop = F.interpolate(images[:1, :, :, :16].float(), (32, 32), mode="bilinear")
     assert torch.allclose(relabel.render(images[:1], half, torch.tensor([0]))[..., :31], crop[..., :31], atol=1e-3)
 
@@ -218,7 +224,8 @@ def test_zero_iterations_are_the_real_images(here):
 def test_all_flags_of_recover_reach_the_images(here):
     seen = {}
     for flags in ([], ["--filter", "low"], ["--filter", "high"], ["--schedule", "linear"], ["--signal", "class"],
-                  ["--init", "noise"], ["--no-emu"], ["--seed", "1"], ["--alpha-max", "0.5"], ["--gamma", "1"], ["--lr", "0.05"],
+                  ["--init", "noise"], ["--no-emu"], ["--seed", "1"], ["--alpha-max", "0.5"], ["--gamma", "1"],
+                  ["--lr", "0.05"],
                   ["--batch", "3"], ["--batch", "3", "--signal", "class"]):
         recover.main([*TINY, *flags])
     for run in Path("runs/toy-convnet").glob("*ipc3*"):
@@ -322,7 +329,8 @@ def test_eval_resumes_to_the_same_student(here, monkeypatch):
     whole = json.loads((run / "result.json").read_text())["convnet-epochs4"]
     (run / "result.json").unlink()
     clock, real_save = [0.0], squeeze.save
-    monkeypatch.setattr(evaluation.time, "time", lambda: clock.__setitem__(0, clock[0] + 40) or clock[0])   # checkpoints soon
+    monkeypatch.setattr(evaluation.time, "time", lambda: clock.__setitem__(0, clock[0] + 40)
+                        or clock[0])   # checkpoints soon
 
     def dies(path, content):
         real_save(path, content)
@@ -350,8 +358,10 @@ def one_line(main, flags, *words):
 
 @pytest.mark.parametrize("flags, words", [
     (["--dataset", "mnist"], ["--dataset", "mnist", "cifar10"]), (["--ipc", "0"], ["--ipc", "0", ">= 1"]),
-    (["--ipc", "-3"], ["--ipc", "-3"]), (["--ipc", "ten"], ["--ipc", "ten"]), (["--ipc", "1001"], ["--ipc 1001", "1000", "layout0-rows"]),
-    (["--alpha-max", "0"], ["--alpha-max", "> 0"]), (["--alpha-max", "-1"], ["--alpha-max"]), (["--alpha-max", "nan"], ["--alpha-max"]),
+    (["--ipc", "-3"], ["--ipc", "-3"]), (["--ipc", "ten"], ["--ipc", "ten"]),
+                                          (["--ipc", "1001"], ["--ipc 1001", "1000", "layout0-rows"]),
+    (["--alpha-max", "0"], ["--alpha-max", "> 0"]), (["--alpha-max", "-1"], ["--alpha-max"]),
+                                          (["--alpha-max", "nan"], ["--alpha-max"]),
     (["--iterations", "-1"], ["--iterations"]), (["--lr", "0"], ["--lr"]), (["--no-such-flag"], ["--no-such-flag"]),
     (["--filter", "low", "--alpha-max", "1"], ["--alpha-max", "--filter low"]),
     (["--filter", "high", "--schedule", "linear"], ["--schedule", "--filter high"]),

@@ -11,10 +11,13 @@ f64 = dict(dtype=torch.float64)
 FILTERS = {"identity": (sp.identity(), lambda lam: 1.0), "low_pass": (sp.low_pass(), lambda lam: lam),
            "ridge": (sp.ridge(0.3), lambda lam: 1 / (lam + 0.3)),
            "gradient_descent": (sp.gradient_descent(0.2, 5), lambda lam: (1 - 0.2 * lam) ** 5),
-           "gradient_descent_sum": (sp.gradient_descent_sum(0.2, 5), lambda lam: 0.2 * sum((1 - 0.2 * lam) ** i for i in range(5)))}
-MATRIX = {"identity": lambda A: np.eye(len(A)), "low_pass": lambda A: A, "ridge": lambda A: np.linalg.inv(A + 0.3 * np.eye(len(A))),
+           "gradient_descent_sum": (sp.gradient_descent_sum(0.2, 5),
+                                    lambda lam: 0.2 * sum((1 - 0.2 * lam) ** i for i in range(5)))}
+MATRIX = {"identity": lambda A: np.eye(len(A)), "low_pass": lambda A: A,
+          "ridge": lambda A: np.linalg.inv(A + 0.3 * np.eye(len(A))),
           "gradient_descent": lambda A: np.linalg.matrix_power(np.eye(len(A)) - 0.2 * A, 5),
-          "gradient_descent_sum": lambda A: 0.2 * sum(np.linalg.matrix_power(np.eye(len(A)) - 0.2 * A, i) for i in range(5))}
+          "gradient_descent_sum": lambda A: 0.2 * sum(np.linalg.matrix_power(np.eye(len(A)) - 0.2 * A, i)
+                                                      for i in range(5))}
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +93,8 @@ def test_autocast_does_not_reach_the_statistics():
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-12)])
 def test_streaming_statistics_equal_the_whole_in_any_split_and_order(dtype, tolerance):
-    x = (torch.randn(90, 6, 5, 5) + torch.arange(90).view(-1, 1, 1, 1) / 30).to(dtype)        # a class-ordered set drifts
+    x = (torch.randn(90, 6, 5, 5) + torch.arange(90).view(-1, 1, 1,
+                                                          1) / 30).to(dtype)        # a class-ordered set drifts
     Y = F.one_hot(torch.arange(90) // 30, 3)
     whole = sp.statistics(x.double(), Y)
     assert np.allclose(whole.ffc, np.cov(x.double().permute(1, 0, 2, 3).reshape(6, -1), bias=True), atol=1e-12)
@@ -113,7 +117,8 @@ def test_statistics_do_not_depend_on_the_order_of_a_batch():
 
 
 def small_net():
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ModuleDict({"downsample": nn.Conv2d(4, 4, 1)})["downsample"],
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(),
+                         nn.ModuleDict({"downsample": nn.Conv2d(4, 4, 1)})["downsample"],
                          nn.Conv2d(4, 2, 1), nn.Flatten(), nn.Linear(72, 2))
 
 
@@ -158,7 +163,8 @@ def test_filters_turn_with_the_features(name):
 @pytest.mark.parametrize("name", FILTERS)
 @pytest.mark.parametrize("psi", ["identity", "rank-deficient", "random", "batched", "zero"])
 def test_filter_gradients(name, psi):
-    A = {"identity": torch.eye(4, **f64), "rank-deficient": random_psi(5, 3), "random": random_psi(5), "zero": torch.zeros(3, 3, **f64),
+    A = {"identity": torch.eye(4, **f64), "rank-deficient": random_psi(5, 3), "random": random_psi(5),
+         "zero": torch.zeros(3, 3, **f64),
          "batched": torch.stack([random_psi(4), torch.eye(4, **f64)])}[psi].requires_grad_()
     f = FILTERS[name][0]
     assert torch.autograd.gradcheck(lambda A: sp.spectral_filter(A, f), A)
@@ -221,7 +227,8 @@ def test_ridge_becomes_a_scaled_identity_as_alpha_grows():
 @pytest.mark.parametrize("bad", [lambda: sp.ridge(0), lambda: sp.ridge(-1), lambda: sp.ridge(float("nan")),
                                  lambda: sp.gradient_descent(0, 3), lambda: sp.gradient_descent(0.1, 0),
                                  lambda: sp.gradient_descent_sum(0.1, 1.5), lambda: sp.ridge_filter(torch.eye(2), 0),
-                                 lambda: sp.spectral_filter(torch.ones(2, 3), sp.identity()), lambda: sp.emu(None, torch.eye(2), 2),
+                                 lambda: sp.spectral_filter(torch.ones(2, 3), sp.identity()),
+                                 lambda: sp.emu(None, torch.eye(2), 2),
                                  lambda: sp.emu(None, torch.eye(2), 0), lambda: sp.alpha_schedule(5, 5, 1),
                                  lambda: sp.alpha_schedule(0, 5, 1, "step")])
 def test_bad_arguments_raise_and_show_what_was_found(bad):
@@ -253,8 +260,10 @@ def test_alpha_schedules():
     for kind in ("cosine", "linear", "constant"):
         assert sp.alpha_schedule(0, 10, 0.7, kind) == 0.7 and sp.alpha_schedule(0, 1, 0.7, kind) == 0.7
     cosine, linear = ([sp.alpha_schedule(k, 10, 1.0, kind) for k in range(10)] for kind in ("cosine", "linear"))
-    assert np.allclose(cosine, [(1 + np.cos(np.pi * k / 10)) / 2 for k in range(10)]) and np.allclose(linear, 1 - np.arange(10) / 10)
-    assert np.all(np.diff(cosine) < 0) and 0 < cosine[-1] < 0.03 and sp.alpha_schedule(5, 10, 1.0) == pytest.approx(0.5)
+    assert np.allclose(cosine, [(1 + np.cos(np.pi * k / 10)) / 2 for k in range(10)]) and np.allclose(linear,
+                                                                                                      1 - np.arange(10) / 10)
+    assert np.all(np.diff(cosine) < 0) and 0 < cosine[-1] < 0.03 and sp.alpha_schedule(5, 10,
+                                                                                       1.0) == pytest.approx(0.5)
     assert sp.alpha_schedule(9, 10, 1.0, "constant") == 1.0
 
 
