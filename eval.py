@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torchvision.io import write_png
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid, save_image
 
 import baselines
@@ -192,7 +192,7 @@ def export(run, target):
     for image, label in zip(content["images"], content["labels"].tolist()):
         folder = target / content["classes"][label]
         folder.mkdir(parents=True, exist_ok=True)
-        write_png(image, str(folder / f"{seen[label]:05d}.png"))
+        to_pil_image(image).save(folder / f"{seen[label]:05d}.png")
         seen[label] += 1
     print(f"exported {sum(seen)} images to {target}")
 

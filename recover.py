@@ -1,8 +1,8 @@
 """Stage 2, recover: optimise the synthetic images until their spectra match the real ones (Curriculum Frequency
 Matching).
 
-    python recover.py                                                    toy images, two minutes on a laptop
-    python recover.py --dataset cifar10 --network convnet --ipc 10       10 minutes on two CPU cores
+    python recover.py                                                    toy images, two minutes on two CPU cores
+    python recover.py --dataset cifar10 --network convnet --ipc 10       8 to 13 minutes on one CPU core
     python recover.py --dataset tiny --ipc 100 --alpha-max 1             the paper's settings, one GPU
     python recover.py --iterations 0                                     the honest rival: the same images, untouched
 

@@ -1,7 +1,7 @@
 """Stage 1, squeeze: train the teacher, then take the real set's statistics (FFC and FLC of every layer) in one pass.
 
     python squeeze.py                                                 toy images, drawn by the program; a minute
-    python squeeze.py --dataset cifar10 --network convnet --epochs 16 an hour on two CPU cores, a minute on a GPU
+    python squeeze.py --dataset cifar10 --network convnet --epochs 16 an hour on two CPU cores
     python squeeze.py --dataset tiny                                  the paper's settings for Tiny-ImageNet, one GPU
 
 Writes runs/<dataset>-<network>/ with teacher.pt, statistics.pt, config.json and log.jsonl; the other stages find it

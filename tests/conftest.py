@@ -1,6 +1,10 @@
-"""Tests run from anywhere: the six scripts are one folder up."""
+"""What the tests share. They run from anywhere: the six scripts are one folder up."""
+import os
+import shutil
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -8,3 +12,30 @@ sys.path.insert(0, str(ROOT))
 import squeeze  # noqa: E402
 
 squeeze.keep_freed_memory()
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    """A folder with runs/toy-convnet: 4 classes, one epoch."""
+    here = tmp_path_factory.mktemp("pipeline")
+    before = Path.cwd()
+    os.chdir(here)
+    squeeze.main(["--classes", "4", "--epochs", "1"])
+    os.chdir(before)
+    return here
+
+
+@pytest.fixture
+def here(teacher, tmp_path, monkeypatch):
+    """A fresh copy of it, as the working directory."""
+    shutil.copytree(teacher / "runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def one_line(main, flags, *words):
+    """main(flags) must refuse with a single line that holds all the words."""
+    with pytest.raises(squeeze.BadInput) as error:
+        main([str(flag) for flag in flags])
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words), message

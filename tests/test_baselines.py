@@ -9,7 +9,7 @@ import recover
 import relabel
 import squeeze
 from squeeze import BadInput
-from test_pipeline import here, one_line, teacher  # noqa: F401, fixtures
+from conftest import one_line
 
 S = dict(p=7, q=4, beta=0.3)
 SHAPES = [(5, 8), (40, 8)]                                 # n < C: FFC has a null space, and n > C
@@ -130,7 +130,7 @@ def test_dm_signal_follows_large_eigenvalues():
 
 
 @pytest.mark.parametrize("method", baselines.METHODS)
-def test_every_method_runs_on_toy_images(here, method):  # noqa: F811
+def test_every_method_runs_on_toy_images(here, method):
     baselines.main(["--method", method, "--ipc", "2", "--iterations", "6"])
     run = f"runs/toy-convnet/{method}-ipc2-iterations6"
     content, config, _ = relabel.load_run(run)
@@ -140,7 +140,7 @@ def test_every_method_runs_on_toy_images(here, method):  # noqa: F811
                                                                                        else "class")
 
 
-def test_last_layer_on_request(here):  # noqa: F811
+def test_last_layer_on_request(here):
     baselines.main(["--method", "frepo", "--ipc", "2", "--iterations", "3", "--layers", "last"])
     assert torch.load("runs/toy-convnet/frepo-ipc2-iterations3-layerslast/images.pt",
                       weights_only=True)["images"].shape[0] == 8
@@ -152,11 +152,11 @@ def test_last_layer_on_request(here):  # noqa: F811
     (["--method", "mtt", "--q", "0"], ["--q"]), (["--method", "frepo", "--beta", "0"], ["--beta", "> 0"]),
     (["--method", "frepo", "--beta", "-1"], ["--beta"]), (["--method", "mtt", "--eta", "1e6"],
                                                           ["--eta", "diverges", "at most"])])
-def test_bad_flags(here, flags, words):  # noqa: F811
+def test_bad_flags(here, flags, words):
     one_line(baselines.main, flags, *words)
 
 
-def test_the_largest_stable_rate_is_accepted(here):  # noqa: F811
+def test_the_largest_stable_rate_is_accepted(here):
     try:
         baselines.main(["--method", "mtt", "--eta", "1e6", "--ipc", "1"])
     except BadInput as error:

@@ -22,27 +22,10 @@ import recover
 import relabel
 import spectral
 import squeeze
-from conftest import ROOT
+from conftest import ROOT, one_line
 from squeeze import BadInput
 
 TINY = ["--iterations", "8", "--ipc", "3"]
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    """A folder with runs/toy-convnet: 4 classes, one epoch."""
-    here = tmp_path_factory.mktemp("pipeline")
-    os.chdir(here)
-    squeeze.main(["--classes", "4", "--epochs", "1"])
-    return here
-
-
-@pytest.fixture
-def here(teacher, tmp_path, monkeypatch):
-    """A fresh copy of it, as the working directory."""
-    shutil.copytree(teacher / "runs", tmp_path / "runs")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def script(name, *flags, **kw):
@@ -348,13 +331,6 @@ def test_eval_resumes_to_the_same_student(here, monkeypatch):
 
 
 # ---- bad input: one line, exit code 1, no traceback
-
-def one_line(main, flags, *words):
-    with pytest.raises(BadInput) as error:
-        main([str(flag) for flag in flags])
-    message = str(error.value)
-    assert "\n" not in message and all(word in message for word in words), message
-
 
 @pytest.mark.parametrize("flags, words", [
     (["--dataset", "mnist"], ["--dataset", "mnist", "cifar10"]), (["--ipc", "0"], ["--ipc", "0", ">= 1"]),
