@@ -110,6 +110,9 @@ def peak_memory(device):
     """Peak memory of this process in MB: CUDA's counter on a GPU, the resident set otherwise."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
+    status = Path("/proc/self/status")                     # getrusage would count the parent's memory before exec
+    if status.is_file():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1e3
     import resource                                        # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
