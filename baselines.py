@@ -1,6 +1,6 @@
 """baselines.py: other methods' objectives as pairs of filters (Theorem 1), run by recover.py's own loop.
 
-    python baselines.py --method mtt                                      toy images, three minutes on a laptop
+    python baselines.py --method mtt                                      toy images
     python baselines.py --method dm --dataset cifar10 --network convnet --ipc 10
 
 Every objective compares  f(FFC) g(FLC)  of the real and the synthetic set; METHODS says with which. The run folder is

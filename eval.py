@@ -1,6 +1,6 @@
 """Stage 4, eval: train students on nothing but the distilled set, test them on the real test set.
 
-    python eval.py runs/toy-convnet/cfm-ipc10                                      a minute on a laptop
+    python eval.py runs/toy-convnet/cfm-ipc10                                      a minute on two CPU cores
     python eval.py runs/cifar10-convnet/cfm-ipc10 runs/cifar10-convnet/real-ipc10  two runs, one recipe, one table
     python eval.py runs/toy-convnet/cfm-ipc10 --export DIR                         the images as PNGs, for other code
 

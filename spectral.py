@@ -3,7 +3,7 @@
 "Understanding Dataset Distillation via Spectral Filtering" (Bo, Liu, Wang; ICLR 2026; arXiv 2503.01212) shows that many
 distillation objectives compare two matrices of a frozen network's features, after the same spectral filter:
 
-    min over X_s of  || f(FFC) g(FLC) - f(FFC_s) g(FLC_s) ||,   g = I (match filters) or g(x) = x (match signals)  (Eq. 1)
+    min over X_s  || f(FFC) g(FLC) - f(FFC_s) g(FLC_s) ||,   g = I (match filters) or g(x) = x (match signals)  (Eq. 1)
 
 Letters, fixed for the whole project:
     B batch   C channels   H W pixels   T tokens   K classes   N = K * IPC synthetic images   n rows of a feature matrix

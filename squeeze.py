@@ -1,6 +1,6 @@
 """Stage 1, squeeze: train the teacher, then take the real set's statistics (FFC and FLC of every layer) in one pass.
 
-    python squeeze.py                                                 toy images, drawn by the program; a minute
+    python squeeze.py                                                 toy images, two minutes on one CPU core
     python squeeze.py --dataset cifar10 --network convnet --epochs 16 an hour on two CPU cores
     python squeeze.py --dataset tiny                                  the paper's settings for Tiny-ImageNet, one GPU
 
