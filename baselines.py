@@ -25,8 +25,7 @@ from squeeze import BadInput, number
 # g: "I" matches filters f(Psi), "diag" their diagonals, "x" signals f(Psi) Phi.
 
 def dm(s, eta):
-    """Eq. 2: class means, || H^T Y - H_s^T Y_s ||. The all-pass filter: nothing is weighted, so what is large
-    dominates."""
+    """Eq. 2: class means, || H^T Y - H_s^T Y_s ||. All-pass: nothing is weighted, so what is large dominates."""
     return [("x", identity(), identity())]
 
 
@@ -54,8 +53,7 @@ def mtt(s, eta):
 
 
 def frepo(s, eta):
-    """Eq. 10-14: kernel ridge regression, (H H^T + beta I)^-1 in H's row space: || (FFC + beta I)^-1 FLC - (...)_s
-    ||."""
+    """Eq. 10-14: kernel ridge regression, H H^T + beta I by its dual: || (FFC + beta I)^-1 FLC - (...)_s ||."""
     return [("x", ridge(s["beta"]), ridge(s["beta"]))]
 
 
@@ -82,8 +80,7 @@ def step_size(s, psi):
 
 
 def pairs_for(s):
-    """settings -> pairs_of(k, psi) as recover.distil wants it; the same in every round, these methods have no
-    curriculum."""
+    """settings -> pairs_of(k, psi) as recover.distil wants it; the same in every round: there is no curriculum."""
     method = METHODS[s["method"]][0]
     return lambda k, psi: method(s, step_size(s, psi) if s["method"] == "mtt" else None)
 

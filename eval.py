@@ -35,14 +35,12 @@ BATCH = {"toy": lambda N: 25, "cifar10": lambda N: 50 if N <= 100 else 100,
 
 
 def learning_rate(progress, s):
-    """Rate at `progress` in [0, 1]. stretched (the authors' code): a cosine that ends at half the rate; cosine: at
-    zero."""
+    """Rate at `progress` in [0, 1]: a cosine to zero, or `stretched` to end at half the rate (the authors' code)."""
     return s["lr"] * (1 + math.cos(math.pi * progress / (2 if s["schedule"] == "stretched" else 1))) / 2
 
 
 def student_loss(logits, target, s):
-    """KL(teacher || student) at temperature T, mean over the batch; with --hard, cross-entropy to CutMix's mixed
-    labels."""
+    """KL(teacher || student) at temperature T, mean over the batch; --hard: cross-entropy to CutMix's mixed labels."""
     if s["hard"]:
         return F.cross_entropy(logits, target)
     student, teacher = F.log_softmax(logits / s["temperature"], 1), F.log_softmax(target / s["temperature"], 1)
@@ -62,8 +60,8 @@ def answers(run, content, images, parent, label_settings, s, device):
             share = relabel.patch_mask(views.patch, size).float().mean((1, 2, 3))[:, None]
             return (1 - share) * hot + share * hot[views.partner]
         if s["online"]:
-            return torch.cat([part.half().float() for part in relabel.soft_labels(network, teacher, images, views,
-                                                                                  500)])
+            asked = relabel.soft_labels(network, teacher, images, views, 500)
+            return torch.cat([part.half().float() for part in asked])
         return relabel.read_epoch(Path(run) / "labels", label_settings, epoch, K).to(device)
     return answer
 
@@ -169,8 +167,8 @@ def evaluate(run, network, data, args, device):
     for seed in range(s["seeds"]):
         if str(seed) not in row["seeds"]:
             checkpoint = folder / f"student-{name}-{seed}.pt"
-            raw, averaged, seconds = train_student(content, images, answer, label_settings, s, identity, seed,
-                                                   checkpoint)
+            made = train_student(content, images, answer, label_settings, s, identity, seed, checkpoint)
+            raw, averaged, seconds = made
             score, raw_score = (squeeze.accuracy(net, data, content["mean"], content["std"], device)
                                 for net in (averaged, raw))
             row["seeds"][str(seed)] = {"averaged": score, "raw": raw_score, "seconds": seconds}
@@ -183,8 +181,7 @@ def evaluate(run, network, data, args, device):
 
 
 def export(run, target):
-    """The run's images as lossless PNGs, target/<class>/<position>.png, for torchvision's ImageFolder or any other
-    code."""
+    """The run's images as lossless PNGs, target/<class>/<position>.png, as torchvision's ImageFolder reads them."""
     content, target = relabel.load_run(run)[0], Path(target)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise BadInput(f"--export {target}: not an empty folder: name a new one")
@@ -210,9 +207,8 @@ def summary(seeds):
 # --report: what the images look like, in numbers and pictures (paper, Section 4)
 
 def radial_psd(images):
-    """Radially averaged power spectral density of uint8 [N, 3, S, S]: (radius [R] in cycles per image, mean power at
-    that radius [R], share of power above half the Nyquist radius). Each image has its mean removed and unit total
-    power."""
+    """Radially averaged power spectral density of uint8 [N, 3, S, S], each image centred and of unit total power:
+    (radius [R] in cycles per image, mean power at that radius [R], share of power above half the Nyquist radius)."""
     S, power = images.shape[-1], 0
     for part in images.split(500):
         x = part.float()
@@ -276,14 +272,12 @@ def responses(s, psi):
     else:
         rounds = (0, s["ipc"] - 1) if s["filter"] == "cfm" and s["ipc"] > 1 else (0,)
         pairs = {f" round {k + 1}" if len(rounds) > 1 else "": recover.cfm_pairs(k, s) for k in rounds}
-    return {f"{name}, g = {g}": (lam.tolist(), f(lam[None])[0].tolist()) for name, group in pairs.items() for g, f,
-            _ in
-            ({pair[0]: pair for pair in group}.values() if "method" in s else group[:1])}
+    return {f"{name}, g = {g}": (lam.tolist(), f(lam[None])[0].tolist()) for name, group in pairs.items()
+            for g, f, _ in ({pair[0]: pair for pair in group}.values() if "method" in s else group[:1])}
 
 
 def report(runs, device):
-    """report.json, psd.svg, filters.svg, grid.png and rounds-<run>.png for runs of one teacher, in its folder's
-    report/."""
+    """report.json, psd.svg, filters.svg, grid.png and rounds-<run>.png of one teacher's runs, in its report/."""
     loaded = [relabel.load_run(run) for run in runs]
     parent = loaded[0][2]
     for run, (_, _, other) in zip(runs, loaded):
@@ -298,20 +292,17 @@ def report(runs, device):
         name, images, K, ipc = Path(run).name, content["images"], len(content["classes"]), run_config["settings"]["ipc"]
         radius, power, share = radial_psd(images)
         rows[name] = dict(high_share=share, similarity=intra_class_similarity(network, content, device),
-                          psd=power.tolist(),
-                          seconds=run_config["results"].get("seconds"))
+                          psd=power.tolist(), seconds=run_config["results"].get("seconds"))
         curves[name] = radius.tolist(), power.tolist()
         if "iterations" in run_config["settings"]:
             found = responses(run_config["settings"], statistics["layers"][layer]["ffc"])
             filters.update({f"{name}{label}": curve for label, curve in found.items()})
         by_round = images.view(ipc, K, *images.shape[1:]) if len(images) == ipc * K else images[None, :K]
         tiles += [by_round[k, c % K] for k in (0, len(by_round) - 1) for c in range(10)]
-        save_image(make_grid(by_round[:, :10].transpose(0, 1).flatten(0, 1).float() / 255, nrow=len(by_round),
-                             padding=1),
-                   folder / f"rounds-{name}.png")
+        rounds = by_round[:, :10].transpose(0, 1).flatten(0, 1).float() / 255
+        save_image(make_grid(rounds, nrow=len(by_round), padding=1), folder / f"rounds-{name}.png")
     save_image(make_grid(torch.stack(tiles).float() / 255, nrow=10, padding=1), folder / "grid.png")
-    svg(folder / "psd.svg", curves, "power spectral density of the images", "radius, cycles per image",
-        "share of power")
+    svg(folder / "psd.svg", curves, "power spectral density of the images", "cycles per image", "share of power")
     if filters:
         svg(folder / "filters.svg", filters, f"filter responses on the real spectrum of layer {layer}",
             "eigenvalue of FFC", "f")

@@ -59,8 +59,7 @@ def alpha_of_round(k, s):
 
 
 def stack(layers):
-    """{name: (psi [C, C], phi [C, K])} -> [(psi [L, C, C], phi [L, C, K]), ...]: layers of equal C filter in one
-    call."""
+    """{name: (psi [C, C], phi [C, K])} -> [(psi [L, C, C], phi [L, C, K]), ...]: layers of equal C go together."""
     groups = {}
     for psi, phi in layers.values():
         groups.setdefault(len(psi), []).append((psi, phi))
@@ -81,9 +80,8 @@ def apply_pairs(pairs, psi, phi, side):
 
 
 def match(pairs, targets, layers, classes, s):
-    """Sum over layers and pairs of the losses of Eq. 19. One entry of pairs and of targets a stack of layers;
-    targets: what apply_pairs gave for the real side. layers: {name: (psi, phi)} of the synthetic side, phi of the
-    chunk's classes."""
+    """Sum over layers and pairs of the losses of Eq. 19. One entry of pairs and of targets (apply_pairs of the real
+    side) a stack of layers; layers: {name: (psi, phi)} of the synthetic side, phi of the chunk's classes."""
     total = 0
     for group, target, (psi, phi) in zip(pairs, targets, stack(layers)):
         for pair, wanted, found in zip(group, target, apply_pairs(group, psi, phi, 2)):
@@ -150,28 +148,30 @@ def remember(memory, joined, classes, s, K):
 # ---------------------------------------------------------------------------------------------------------------------
 # One batch
 
-def random_views(rng, T, B, size):
-    """The views of T iterations, drawn ahead on the CPU, the same on every device: crop boxes [T, B, 4], flips [T, B],
-    and rolls [T, 2] of 0-4 pixels. Crops and flips are drawn per image."""
-    boxes = squeeze.crop_boxes(rng.random((T * B, 4)), (0.08, 1)).view(T, B, 4)
-    return boxes, torch.from_numpy(rng.random((T, B)) < 0.5), rng.integers(0, 5, (T, 2)).tolist()
+def random_views(rng, T, B, size, device):
+    """The views of T iterations, drawn ahead with NumPy, the same on every device: view(images [B, 3, S, S], t). Crop
+    and flip are drawn per image; a roll by 0-4 pixels is the batch's."""
+    boxes = squeeze.crop_boxes(rng.random((T * B, 4)), (0.08, 1)).view(T, B, 4).to(device)
+    flips = torch.from_numpy(rng.random((T, B)) < 0.5).to(device)
+    rolls = rng.integers(0, 5, (T, 2)).tolist()
+
+    def view(images, t):                                   # rolling the grid rolls the view
+        return squeeze.resample(images, squeeze.crop_grid(boxes[t], flips[t], size).roll(rolls[t], (1, 2)))
+    return view
 
 
 def optimise(images, labels, network, matching_loss, s, teacher, rng, report):
     """T Adam steps on a batch of normalised images [B, 3, S, S]. matching_loss(): the loss of the network's last
     forward pass; report(t, cross-entropy, matching) is called every 100 iterations. Returns the images."""
-    T, size = s["iterations"], images.shape[-1]
-    boxes, flips, rolls = random_views(rng, T, len(images), size)
-    boxes, flips = boxes.to(images.device), flips.to(images.device)
+    T, view = s["iterations"], random_views(rng, s["iterations"], len(images), images.shape[-1], images.device)
     black, white = (torch.full((1, 3, 1, 1), level, dtype=torch.uint8, device=images.device) for level in (0, 255))
     low, high = (squeeze.normalise(level, teacher["mean"], teacher["std"]) for level in (black, white))
     images.requires_grad_()
     optimizer = torch.optim.Adam([images], s["lr"], betas=(0.5, 0.9))
     for t in range(T):
         optimizer.param_groups[0]["lr"] = s["lr"] * (1 + math.cos(math.pi * t / T)) / 2
-        grid = squeeze.crop_grid(boxes[t], flips[t], size).roll(rolls[t], (1, 2))      # which rolls the view
         with squeeze.autocast(images.device):
-            logits = network(squeeze.resample(images, grid))
+            logits = network(view(images, t))
         entropy, matching = F.cross_entropy(logits.float(), labels), matching_loss()
         images.grad, = torch.autograd.grad(entropy + s["gamma"] * matching, images)
         optimizer.step()
@@ -183,19 +183,17 @@ def optimise(images, labels, network, matching_loss, s, teacher, rng, report):
 
 
 @torch.no_grad()
-def view_statistics(images, network, current, teacher, rng, views=10):
+def view_statistics(images, network, current, teacher, rng, views):
     """What EMU remembers of a finished batch: {layer: (psi, phi)}, the mean over random views of the images as saved.
 
     Views, since the next batches are seen through views: a crop blown up to full size has less high frequency than a
     whole image, and a memory of whole images would make late batches answer for the difference, b-fold.
     """
     images, total = squeeze.normalise(images, teacher["mean"], teacher["std"]), {}
-    boxes, flips, rolls = (part.to(images.device) if torch.is_tensor(part) else part
-                           for part in random_views(rng, views, len(images), images.shape[-1]))
+    view = random_views(rng, views, len(images), images.shape[-1], images.device)
     for t in range(views):
-        grid = squeeze.crop_grid(boxes[t], flips[t], images.shape[-1]).roll(rolls[t], (1, 2))
         with squeeze.autocast(images.device):
-            network(squeeze.resample(images, grid))
+            network(view(images, t))
         for name, parts in current.items():
             total[name] = [old + new / views for old, new in zip(total.get(name, (0, 0)), parts)]
     return total
@@ -211,8 +209,8 @@ def to_uint8(images, teacher):
 # All batches
 
 def initial_images(data, index, k, classes, s, rng):
-    """uint8 [B, 3, S, S]: the k-th training image of each class of the chunk, or Gaussian noise."""
-    if s["init"] == "real":
+    """uint8 [B, 3, S, S]: round k's training image of each class of the chunk, or Gaussian noise."""
+    if index is not None:
         return squeeze.take(data, data.train, index[k, classes])
     noise = rng.normal(127.5, 64, (len(classes), 3, data.size, data.size))
     return torch.from_numpy(noise.clip(0, 255).astype(np.uint8))
@@ -239,7 +237,8 @@ def distil(folder, data, network, teacher, statistics, pairs_of, s, device):
     """
     K, layers = len(data.classes), s.get("layers", "conv")
     chunks = torch.arange(K).split(s["batch"])
-    index = first_images(data, s["ipc"]) if s["init"] == "real" else None
+    index = None if s["init"] == "noise" else starting_images(
+        data, s["ipc"], statistics["confidence"] if s["init"] == "confident" else None)
     memory = resumed(folder, len(chunks), K, 3 * data.size**2, device)
     real, total, done = stack(real_layers(statistics, layers, s, device)), s["ipc"] * len(chunks), memory["b"]
     start, before = time.time(), memory["seconds"]
@@ -269,7 +268,7 @@ def distil(folder, data, network, teacher, statistics, pairs_of, s, device):
                                   classes, network, lambda: match(pairs, targets, join(memory, current, k, classes, s),
                                                                   classes, s), s, teacher, rng, report)
                 images = to_uint8(images, teacher)
-                seen = view_statistics(images.to(device), network, current, teacher, rng)
+                seen = view_statistics(images.to(device), network, current, teacher, rng, min(10, s["iterations"]))
                 remember(memory, join(memory, seen, k, classes, s), classes, s, K)
         with open(folder / "images.raw", "r+b" if b else "wb") as file:
             file.seek(images[0].numel() * (k * K + int(here[0])))
@@ -279,13 +278,16 @@ def distil(folder, data, network, teacher, statistics, pairs_of, s, device):
     return memory["seconds"]
 
 
-def first_images(data, ipc):
-    """index [ipc, K]: row k holds the position of the k-th training image of every class."""
+def starting_images(data, ipc, confidence=None):
+    """index [ipc, K]: row k holds the position of the k-th training image of every class; with confidence [n], of the
+    k-th most confident one. BadInput if a class has fewer images."""
     columns = []
     for c, name in enumerate(data.classes):
         mine = (data.train.labels == c).nonzero().flatten()
         if len(mine) < ipc:
             raise BadInput(f"--ipc {ipc}: class {name!r} has {len(mine)} training images; use at most that many")
+        if confidence is not None:
+            mine = mine[confidence[mine].argsort(descending=True, stable=True)]
         columns.append(mine[:ipc])
     return torch.stack(columns, 1)
 
@@ -316,7 +318,11 @@ def add_flags(parser):
     parser.add_argument("--network", choices=squeeze.TEACHERS,
                         help="the teacher (default: convnet for toy, else resnet18)")
     parser.add_argument("--ipc", type=number(int, 1), default=10, help="images per class (default 10)")
-    parser.add_argument("--init", choices=["real", "noise"], default="real")
+    parser.add_argument("--preset", choices=["ours", "paper"], default="ours",
+                        help="for what no flag says. paper: the first images of a class; ours: --init confident")
+    parser.add_argument("--init", choices=["confident", "real", "noise"],
+                        help="start from the training images the teacher is surest of, from the first ones of a class "
+                        "(default with --iterations 0), or from noise")
     parser.add_argument("--iterations", type=number(int, 0), help="Adam steps a batch; 0: the random-real baseline")
     parser.add_argument("--lr", type=number(float, 0, strict=True),
                         help="Adam's learning rate on pixels, cosine to zero")
@@ -349,25 +355,25 @@ def parse(argv):
 
 def run_name(method, s, defaults):
     """The run's folder: method and IPC, then every setting that is not the default, so that no two runs share one."""
-    if s["iterations"] == 0 and s["init"] == "real":
-        return f"real-ipc{s['ipc']}"
-    hidden = ("dataset", "data", "network", "ipc", "filter", "method", "resume")
+    if s["iterations"] == 0 and s["init"] != "noise":
+        return f"{s['init']}-ipc{s['ipc']}"
+    hidden = ("dataset", "data", "network", "ipc", "filter", "method", "preset", "resume")
     extra = [key.replace("_", "-") + ("" if s[key] is True else str(s[key])) for key in s
              if key not in hidden and s[key] != defaults[key]]
     return "-".join([method, f"ipc{s['ipc']}", *extra])
 
 
 def run(args, method, defaults, pairs_for):
-    """The stage after its flags, for recover.py and baselines.py. pairs_for(settings) -> pairs_of(k, psi), see
-    distil."""
-    preset = {**PRESETS[args.dataset], "network": squeeze.PRESETS[args.dataset]["network"]}
+    """The stage after its flags, for recover.py and baselines.py. pairs_for(settings) -> distil's pairs_of."""
+    preset = {**PRESETS[args.dataset], "network": squeeze.PRESETS[args.dataset]["network"],
+              "init": "real" if args.preset == "paper" or args.iterations == 0 else "confident"}
     s, device = squeeze.resolve(args, preset), squeeze.pick_device()
     parent = Path("runs") / f"{s['dataset']}-{s['network']}"
     made = squeeze.read_config(parent, "squeeze", args.resume)["settings"] if parent.is_dir() else {}
     s["data"] = s["data"] or made.get("data", "data")
     data = squeeze.load_data(s["dataset"], s["data"], made.get("size"), made.get("classes", 10))
-    if s["init"] == "real":
-        first_images(data, s["ipc"])
+    if s["init"] != "noise":
+        starting_images(data, s["ipc"])
     K, N = len(data.classes), s["ipc"] * len(data.classes)
     batches = s["ipc"] * math.ceil(K / s["batch"])
     print(f"plan: {s['ipc']} rounds of {K} images, {batches} batches of {s['iterations']} iterations on {device}; "
@@ -381,7 +387,7 @@ def run(args, method, defaults, pairs_for):
     for psi, _ in sorted(real, key=lambda layer: -torch.linalg.matrix_norm(layer[0], 2).max()):
         pairs_of(0, psi)                                   # refuses an unstable rate, by the largest eigenvalue first
     inputs = {"data": data.sha256, **parent_config["artefacts"]}
-    folder = parent / run_name(method, s, {**defaults, **preset})
+    folder = parent / run_name(method, s, {**defaults, **preset, "init": "confident"})
     s["data"] = str(Path(s["data"]).resolve())
     config = squeeze.open_run(folder, "recover", s, inputs, args.resume)
     if not config["artefacts"]:

@@ -74,8 +74,7 @@ def render(images, views, index):
 
 @torch.no_grad()
 def soft_labels(network, teacher, images, views, batch):
-    """The teacher's logits for one epoch's views of all images: yields float32 [B, K] on the device, in order of
-    image."""
+    """The teacher's logits for one epoch's views of all images, in order: yields float32 [B, K] on the device."""
     for index in torch.arange(len(images), device=images.device).split(batch):
         with squeeze.autocast(images.device):
             logits = network(squeeze.normalise(render(images, views, index), teacher["mean"], teacher["std"]))
@@ -113,8 +112,7 @@ def read_epoch(folder, s, epoch, K):
 
 
 def write(folder, arrays, network, teacher, images, s):
-    """All epochs, one after the other; a killed run goes on after the last one in log.jsonl. arrays: {file: (shape,
-    dtype)}."""
+    """All epochs in order; a killed run goes on after the last one in log.jsonl. arrays: {file: (shape, dtype)}."""
     done = len((folder / "log.jsonl").read_text().splitlines()) if (folder / "log.jsonl").is_file() else 0
     if not done:
         for name, (shape, dtype) in arrays.items():
@@ -141,8 +139,7 @@ def write(folder, arrays, network, teacher, images, s):
 # The stage
 
 def load_run(run):
-    """A finished recover run with its teacher: (images.pt's dict, config, teacher's folder). Checks that they belong
-    together."""
+    """A finished recover run, checked to be of the teacher beside it: (images.pt's dict, config, teacher's folder)."""
     config = squeeze.read_config(run, "recover")
     parent = Path(run).resolve().parent
     teacher = squeeze.read_config(parent, "squeeze")

@@ -300,8 +300,7 @@ def apply_filter(ffc, f):
 
 
 def ridge_filter(ffc, alpha):
-    """(Psi + alpha I)^-1 [..., C, C] (Eq. 18) by Cholesky, what recover.py runs at every step. ValueError unless
-    alpha > 0."""
+    """(Psi + alpha I)^-1 [..., C, C] (Eq. 18) by Cholesky, recover.py's main job. ValueError unless alpha > 0."""
     return apply_filter(ffc, ridge(alpha))
 
 
@@ -339,6 +338,5 @@ def filter_loss(filter_real, filter_syn):
 
 
 def signal_loss(filtered_real, filtered_syn):
-    """Eq. 19, g(x) = x: || f(Psi) Phi - f(Psi_s) Phi_s ||_2 of filtered signals [..., C, K] (K = 1 for means). Not
-    squared."""
+    """Eq. 19, g(x) = x: || f(Psi) Phi - f(Psi_s) Phi_s ||_2 of signals [..., C, K] (K = 1: means). Not squared."""
     return torch.linalg.vector_norm(filtered_real - filtered_syn, dim=(-2, -1))

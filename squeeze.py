@@ -140,8 +140,7 @@ def toy(per_class, classes, seed, size=32):
 
     The two classes of a pair have the same colours and differ in a texture of 4 pixels' period only, so whoever keeps
     just the low frequencies has to guess between them. Layouts overlap too: each image bends its layout, shifts the
-    phase and strength of its stripes, and adds pixel noise. Returns uint8 [n, 3, S, S], int64 [n]; order: class by
-    class.
+    phase and strength of its stripes, and adds pixel noise. Returns uint8 [n, 3, S, S], int64 [n], class by class.
     """
     layouts = np.random.default_rng([1234, classes]).random(((classes + 1) // 2, 3, 3, 3), dtype=np.float32)
     rng = np.random.default_rng([seed, classes])
@@ -185,8 +184,7 @@ def load_cifar(kind, root, per_file):
             if (folder / name).is_file() and (found := count_cifar(folder / name)) != n:
                 raise BadInput(f"--data {folder / name}: {found} found, expected {n} images: remove it") from error
         raise BadInput(f"--data {root}: {kind.base_folder}/{missing[0] if missing else kind.meta['filename']} cannot "
-                       f"be read or downloaded ({type(error).__name__}): put {kind.filename} there, unpacked"
-                       ) from error
+                       f"be read or downloaded ({type(error).__name__}): unpack {kind.filename} there") from error
     n_train, K = sum(per_file) - per_file[-1], len(train.classes)
     for part, n in ((train, n_train), (test, per_file[-1])):
         if part.data.shape != (n, 32, 32, 3) or sorted(set(part.targets)) != list(range(K)):
@@ -604,8 +602,7 @@ def resolve(args, preset):
 # The stage
 
 def train(network, data, preset, s, folder, device):
-    """SGD with momentum on the real set; checkpoint.pt after each epoch, so a kill costs at most one. Returns
-    accuracy."""
+    """SGD with momentum; checkpoint.pt after each epoch, so a kill costs at most one. Returns the test accuracy."""
     mean, std = preset["mean"], preset["std"]
     optimizer = torch.optim.SGD(network.parameters(), s["lr"], momentum=0.9, weight_decay=s["wd"])
     steps = math.ceil(len(data.train.labels) / s["batch"])
@@ -648,9 +645,9 @@ def head_name(network):
 
 @torch.no_grad()
 def gather_statistics(network, data, mean, std, device, batch):
-    """FFC, mean and class-wise FLC of every convolution's input, and of the last linear layer's, over the training
-    set."""
-    layers, head, start, labels = {}, head_name(network), time.time(), None
+    """One pass over the training set: {"layers": {name: FFC, mean, class-wise FLC of every convolution's and the last
+    linear layer's input}, "head": that layer's name, "confidence" [n]: log-probability of each image's own class}."""
+    layers, head, start, labels, confidence = {}, head_name(network), time.time(), None, []
 
     def collect(layout):
         return lambda features: spectral.statistics(features, labels, layout)
@@ -661,14 +658,16 @@ def gather_statistics(network, data, mean, std, device, batch):
         for images, index in batches(data, data.train, batch):
             labels = F.one_hot(index, len(data.classes)).to(device)
             with autocast(device):
-                network(normalise(images.to(device), mean, std))
+                logits = network(normalise(images.to(device), mean, std)).double()     # float32 ties near log 1
+            confidence.append(logits.log_softmax(1).gather(1, index[:, None].to(device))[:, 0].cpu())
             for name, seen in {**maps, **plain}.items():
                 layers[name] = spectral.merge(layers[name], seen) if name in layers else seen
     seconds = time.time() - start
     print(f"statistics of {len(layers)} layers over {len(data.train.labels)} images: {seconds:.1f} s, "
           f"{len(data.train.labels) / seconds:.0f} images/s", flush=True)
-    return {name: {key: value if key == "count" else value.float().cpu() for key, value in seen._asdict().items()}
-            for name, seen in layers.items()}, head
+    layers = {name: {key: value if key == "count" else value.float().cpu() for key, value in seen._asdict().items()}
+              for name, seen in layers.items()}
+    return dict(layers=layers, head=head, confidence=torch.cat(confidence))
 
 
 def fold(network):
@@ -819,8 +818,8 @@ def squeeze(data, preset, s, folder, config, device, given):
     network = build_network(s["network"], len(data.classes), s["size"])
     network.load_state_dict(load_state(folder / "teacher.pt")["state_dict"])
     network.to(device)
-    layers, head = gather_statistics(fold(network), data, preset["mean"], preset["std"], device, s["batch"])
-    save(folder / "statistics.pt", dict(layers=layers, head=head, teacher=sha256(folder / "teacher.pt"),
+    found = gather_statistics(fold(network), data, preset["mean"], preset["std"], device, s["batch"])
+    save(folder / "statistics.pt", dict(**found, teacher=sha256(folder / "teacher.pt"),
                                         class_counts=torch.bincount(data.train.labels, minlength=len(data.classes))))
     finish_run(folder, config, ["teacher.pt", "statistics.pt"])
 

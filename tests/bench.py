@@ -77,12 +77,9 @@ def reference_loss(network, view, labels, real):
 def reference_steps(network, images, labels, real, settings, teacher, T):
     images = images.contiguous(memory_format=torch.contiguous_format).clone().requires_grad_()
     optimizer = torch.optim.Adam([images], settings["lr"], betas=(0.5, 0.9))
-    boxes, flips, rolls = recover.random_views(np.random.default_rng(0), T, len(images), images.shape[-1])
+    view = recover.random_views(np.random.default_rng(0), T, len(images), images.shape[-1], images.device)
     for t in range(T):
-        grid = squeeze.crop_grid(boxes[t].to(images.device), flips[t].to(images.device),
-                                 images.shape[-1]).roll(rolls[t], (1, 2))
-        view = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-        loss = reference_loss(network, view, labels, real)
+        loss = reference_loss(network, view(images, t).contiguous(), labels, real)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

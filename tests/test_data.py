@@ -59,7 +59,7 @@ def test_folder_errors(folder):
     shutil.rmtree(extra)
     (folder / "train" / "cat" / "3.jpg").write_bytes(b"no picture")
     one_line(lambda flags: list(squeeze.batches(load(), load().train, 4)), [], "cat/3.jpg", "not a readable image")
-    one_line(lambda flags: recover.first_images(load(), 6), [], "--ipc 6", "'cat'", "5 training images")
+    one_line(lambda flags: recover.starting_images(load(), 6), [], "--ipc 6", "'cat'", "5 training images")
     (folder / "val" / "empty").mkdir(), (folder / "train" / "empty").mkdir()
     one_line(lambda flags: load(), [], "no image in class 'empty'")
     (folder / "empty" / "train").mkdir(parents=True)

@@ -105,9 +105,12 @@ def test_statistics_equal_numpy_on_images():
         X = X.permute(0, 2, 3, 1).double().numpy()
         H, X = X.mean((1, 2)), X.reshape(-1, X.shape[-1])
         expected[name] = np.cov(X.T, bias=True), X.mean(0), H.T @ np.eye(10)[labels] / 1000
-    layers, head = squeeze.gather_statistics(squeeze.fold(network), data, [0.5] * 3, [0.25] * 3, torch.device("cpu"),
-                                             128)
-    assert set(layers) == {*expected, head}
+    found = squeeze.gather_statistics(squeeze.fold(network), data, [0.5] * 3, [0.25] * 3, torch.device("cpu"), 128)
+    layers = found["layers"]
+    assert set(layers) == {*expected, found["head"]}
+    with torch.no_grad():
+        wanted = network(squeeze.normalise(images, [0.5] * 3, [0.25] * 3)).double().softmax(1)
+    assert torch.allclose(found["confidence"].exp(), wanted[torch.arange(1000), labels], rtol=1e-4)
     for name, (psi, mean, phi) in expected.items():
         for found, wanted in ((layers[name]["ffc"], psi), (layers[name]["mean"], mean), (layers[name]["flc"], phi)):
             assert np.linalg.norm(found.double().numpy() - wanted) < 1e-5 * np.linalg.norm(wanted)
@@ -204,6 +207,18 @@ def test_zero_iterations_are_the_real_images(here):
     assert torch.equal(content["images"], first)
 
 
+def test_confident_images_are_the_teachers_surest(here):
+    recover.main(["--iterations", "0", "--init", "confident", "--ipc", "3"])
+    content = torch.load("runs/toy-convnet/confident-ipc3/images.pt", weights_only=True)
+    images, labels = squeeze.toy(1000, 4, 0)
+    network, teacher, _ = squeeze.load_teacher("runs/toy-convnet", torch.device("cpu"))
+    with torch.no_grad():
+        chance = network(squeeze.normalise(images, teacher["mean"], teacher["std"])).double().softmax(1)
+    for c in range(4):
+        order = sorted((labels == c).nonzero().flatten().tolist(), key=lambda i: -chance[i, c])
+        assert torch.equal(content["images"][content["labels"] == c], images[order[:3]])
+
+
 def test_all_flags_of_recover_reach_the_images(here):
     seen = {}
     for flags in ([], ["--filter", "low"], ["--filter", "high"], ["--schedule", "linear"], ["--signal", "class"],
@@ -246,7 +261,9 @@ def test_view_statistics_are_those_of_the_views(here):
     images = squeeze.toy(1, 4, 0)[0]
     with recover.layer_statistics(network, "conv", None, {"signal": "mean"}, None) as current:
         found = recover.view_statistics(images, network, current, teacher, np.random.default_rng(5), views=3)
-    boxes, flips, rolls = recover.random_views(np.random.default_rng(5), 3, 4, 32)
+    rng = np.random.default_rng(5)
+    boxes = squeeze.crop_boxes(rng.random((12, 4)), (0.08, 1)).view(3, 4, 4)
+    flips, rolls = torch.from_numpy(rng.random((3, 4)) < 0.5), rng.integers(0, 5, (3, 2)).tolist()
     x, expected = squeeze.normalise(images, teacher["mean"], teacher["std"]), []
     for t in range(3):
         with spectral.collect_inputs(network) as features, torch.no_grad():

@@ -1,0 +1,15 @@
+#!/bin/bash
+# The rows of the results table that need a GPU: paper's settings, real images beside CFM, three students each.
+#     bash tests/gpu.sh                                    all rows; run it again after a kill, it resumes
+#     ROWS=toy:2 NETWORK=convnet bash tests/gpu.sh         a rehearsal in a minute on a CPU
+# --data DIR and other flags of squeeze.py and recover.py both can follow.
+set -e
+network=${NETWORK:-resnet18}
+for row in ${ROWS:-cifar10:10 cifar10:50 cifar100:10 cifar100:50 tiny:50 tiny:100}; do
+    dataset=${row%:*} ipc=${row#*:}
+    runs=runs/$dataset-$network
+    python squeeze.py --dataset "$dataset" --network "$network" --resume "$@"
+    python recover.py --dataset "$dataset" --network "$network" --ipc "$ipc" --iterations 0 --resume "$@"
+    python recover.py --dataset "$dataset" --network "$network" --ipc "$ipc" --resume "$@"
+    python eval.py "$runs/real-ipc$ipc" "$runs/cfm-ipc$ipc" --resume
+done
