@@ -2,6 +2,7 @@
 
     python tests/bench.py                      all cases that fit the device
     python tests/bench.py --cases convnet-32-10 resnet18-32-100 --repetitions 5
+    python tests/bench.py --growth             recover's time an image and memory against IPC and classes, alone
 
 The reference step is the paper's, written the plain way: unfolded network, contiguous NCHW, float32, a covariance and
 two torch.linalg.solve a layer and side, the real side anew at each step. Before any timing both must give the same
@@ -15,6 +16,7 @@ import platform
 import statistics as stats
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -225,6 +227,37 @@ def stage_rows(repetitions, n=1000):
     return rows
 
 
+GROWTH = [(1, 10), (10, 10), (50, 10), (100, 10), (10, 100), (10, 200)]       # IPC, classes
+
+
+def growth(ipc, classes):
+    """Seconds an image and peak MB of recover's loop in this process: chunks of 10 classes, 5 iterations a batch, out of
+    20,000 toy images whatever IPC and classes are."""
+    device, teacher = squeeze.pick_device(), dict(mean=[0.5] * 3, std=[0.25] * 3)
+    images, labels = squeeze.toy(20000 // classes, classes, 0)
+    data = squeeze.Data("toy", [str(c) for c in range(classes)], 32, squeeze.Split(images, labels), None, "")
+    network = squeeze.fold(squeeze.build_network("convnet", classes, 32).to(device))
+    some = data._replace(train=squeeze.Split(images[::20], labels[::20]))
+    found = squeeze.gather_statistics(network, some, teacher["mean"], teacher["std"], device, 100)
+    s = dict(ipc=ipc, batch=10, iterations=5, lr=0.1, gamma=GAMMA, alpha_max=ALPHA, schedule="cosine", filter="cfm",
+             signal="mean", no_emu=False, init="real", seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = recover.distil(Path(folder), data, network, teacher, {**found, "class_counts": labels.bincount()},
+                                 lambda k, psi: recover.cfm_pairs(k, s), s, device)
+    return seconds / (ipc * classes), squeeze.peak_memory(device)
+
+
+def growth_rows():
+    rows = []
+    for ipc, classes in GROWTH:
+        out = subprocess.run([sys.executable, __file__, "--growth-of", str(ipc), str(classes)], capture_output=True,
+                             text=True, check=True).stdout.split()
+        rows.append(dict(ipc=ipc, classes=classes, seconds_per_image=float(out[-2]), peak_mb=float(out[-1])))
+        print(f"IPC {ipc:3d}, {classes:3d} classes: {1e3 * rows[-1]['seconds_per_image']:6.1f} ms an image, "
+              f"{rows[-1]['peak_mb']:5.0f} MB", flush=True)
+    return rows
+
+
 def main():
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -232,13 +265,19 @@ def main():
                         default=[case for case in CASES if case != ("resnet18-224-8" if cuda else "resnet18-224-500")])
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20 if cuda else 2, help="steps a repetition")
+    parser.add_argument("--growth", action="store_true", help="only recover's growth; writes growth.json")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--growth-of", nargs=2, type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     squeeze.keep_freed_memory()
     if args.peak:
         function, rest = prepared(*args.peak)
         function(*rest, 3)
         return print(squeeze.peak_memory(squeeze.pick_device()))
+    if args.growth_of:
+        return print(*growth(*args.growth_of))
+    if args.growth:
+        return Path("growth.json").write_text(json.dumps(growth_rows(), indent=1) + "\n")
     device = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     print(f"{device}, torch {torch.__version__}\n{'recover step':18s} {'reference':>9s} {'ours':>9s} {'bare':>9s}")
     result = {"device": device, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),

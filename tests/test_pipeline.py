@@ -219,6 +219,15 @@ def test_confident_images_are_the_teachers_surest(here):
         assert torch.equal(content["images"][content["labels"] == c], images[order[:3]])
 
 
+def test_presets():
+    preset = lambda *flags: recover.preset_of(recover.parse([*flags]))
+    for name in recover.PRESETS:
+        paper = preset("--dataset", name, "--preset", "paper")
+        assert paper == {**recover.PRESETS[name], "network": squeeze.PRESETS[name]["network"]}
+        assert preset("--dataset", name) == {**paper, **recover.OURS.get(name, {})}
+        assert preset("--dataset", name, "--iterations", "0")["init"] == "real"
+
+
 def test_all_flags_of_recover_reach_the_images(here):
     seen = {}
     for flags in ([], ["--filter", "low"], ["--filter", "high"], ["--schedule", "linear"], ["--signal", "class"],
