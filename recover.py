@@ -2,9 +2,10 @@
 Matching).
 
     python recover.py                                                    toy images, two minutes on two CPU cores
-    python recover.py --dataset cifar10 --network convnet --ipc 10       8 to 13 minutes on one CPU core
+    python recover.py --dataset cifar10 --network convnet --ipc 10       a minute on one CPU core
+    python recover.py --dataset cifar10 --network convnet --preset paper 8 to 13 minutes, the paper's settings
     python recover.py --dataset tiny --ipc 100 --alpha-max 1             the paper's settings, one GPU
-    python recover.py --iterations 0                                     the honest rival: the same images, untouched
+    python recover.py --iterations 0                                     the honest rival: real images, untouched
 
 Images are made in batches, one image of every class (or of a chunk of the classes) at a time. All batches of round k,
 the k-th images of all classes, share alpha_k, which falls from alpha_max toward 0: early images match the low
@@ -323,8 +324,8 @@ def add_flags(parser):
     parser.add_argument("--preset", choices=["ours", "paper"], default="ours",
                         help="what flags left out take; they differ on CIFAR, in --init, --iterations and --lr")
     parser.add_argument("--init", choices=["confident", "real", "noise"],
-                        help="start from the training images the teacher is surest of, the first ones of a class (with "
-                        "--iterations 0 the default), or noise")
+                        help="start from the training images the teacher is surest of (the default on CIFAR), the first "
+                        "ones of a class (elsewhere, and with --iterations 0), or noise")
     parser.add_argument("--iterations", type=number(int, 0), help="Adam steps a batch; 0: the random-real baseline")
     parser.add_argument("--lr", type=number(float, 0, strict=True),
                         help="Adam's learning rate on pixels, cosine to zero")

@@ -431,24 +431,16 @@ def convnet(classes, size, width=128):
     return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(width * (size >> depth) ** 2, classes))
 
 
-def resnet(name, classes, size):
-    """torchvision's ResNet; up to 64 px with a 3x3 stride-1 stem and no max-pool, else hardly a pixel would be left."""
-    network = getattr(torchvision.models, name)(num_classes=classes)
-    if size <= 64:
-        network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        network.maxpool = nn.Identity()
-    return network
-
-
 def small_stem(network, name):
-    """Stems of torchvision's other students that keep every pixel: they shrink 4-fold, too much at 32 and 64 px."""
-    if name == "densenet121":
+    """For 32 and 64 px: stems that keep every pixel, where torchvision's would leave hardly one."""
+    if name.startswith("resnet"):
+        network.conv1, network.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    elif name == "densenet121":
         network.features.conv0, network.features.pool0 = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
     elif name == "regnet_y_8gf":
         network.stem[0] = nn.Conv2d(3, 32, 3, padding=1, bias=False)
     else:                                                  # convnext_tiny's 4x4 patches
         network.features[0][0] = nn.Conv2d(3, 96, 3, padding=1)
-    return network
 
 
 TEACHERS = ["convnet", "resnet18", "resnet50", "resnet101"]
@@ -457,13 +449,9 @@ STUDENTS = TEACHERS + ["densenet121", "regnet_y_8gf", "convnext_tiny"]
 
 def build_network(name, classes, size):
     """A network with random weights, channels last. classes: K."""
-    if name == "convnet":
-        network = convnet(classes, size)
-    elif name.startswith("resnet"):
-        network = resnet(name, classes, size)
-    else:
-        network = getattr(torchvision.models, name)(num_classes=classes)
-        network = small_stem(network, name) if size <= 64 else network
+    network = convnet(classes, size) if name == "convnet" else getattr(torchvision.models, name)(num_classes=classes)
+    if name != "convnet" and size <= 64:
+        small_stem(network, name)
     return network.to(memory_format=torch.channels_last)
 
 
