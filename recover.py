@@ -324,8 +324,8 @@ def add_flags(parser):
     parser.add_argument("--preset", choices=["ours", "paper"], default="ours",
                         help="what flags left out take; they differ on CIFAR, in --init, --iterations and --lr")
     parser.add_argument("--init", choices=["confident", "real", "noise"],
-                        help="start from the training images the teacher is surest of (the default on CIFAR), the first "
-                        "ones of a class (elsewhere, and with --iterations 0), or noise")
+                        help="start from the training images the teacher is surest of (default on CIFAR), the first ones "
+                        "of a class (elsewhere, and with --iterations 0), or noise")
     parser.add_argument("--iterations", type=number(int, 0), help="Adam steps a batch; 0: the random-real baseline")
     parser.add_argument("--lr", type=number(float, 0, strict=True),
                         help="Adam's learning rate on pixels, cosine to zero")

@@ -616,6 +616,8 @@ def train(network, data, preset, s, folder, device):
             optimizer.step()
             scheduler.step()
             total += loss.detach()
+        if not math.isfinite(total.item()):
+            raise BadInput(f"--lr {s['lr']}: training diverged in epoch {epoch + 1}: remove {folder} and lower it")
         score = accuracy(network, data, mean, std, device)
         seconds = time.time() - start
         save(checkpoint, dict(network=network.state_dict(), optimizer=optimizer.state_dict(),
@@ -650,6 +652,8 @@ def gather_statistics(network, data, mean, std, device, batch):
             confidence.append(logits.log_softmax(1).gather(1, index[:, None].to(device))[:, 0].cpu())
             for name, seen in {**maps, **plain}.items():
                 layers[name] = spectral.merge(layers[name], seen) if name in layers else seen
+    if not all(seen.ffc.isfinite().all() for seen in layers.values()):
+        raise BadInput("statistics: not finite, so the teacher has diverged: squeeze again with a lower --lr")
     seconds = time.time() - start
     print(f"statistics of {len(layers)} layers over {len(data.train.labels)} images: {seconds:.1f} s, "
           f"{len(data.train.labels) / seconds:.0f} images/s", flush=True)
