@@ -286,8 +286,8 @@ def test_same_seed_same_bytes_and_a_killed_run_resumes_to_them(here):
     flags = ["--ipc", "6", "--iterations", "12"]
     run = here / "runs/toy-convnet/cfm-ipc6-iterations12"
     kept = []
-    for _ in range(2):
-        assert script("recover", *flags).returncode == 0
+    for make in (recover.main, lambda flags: script("recover", *flags).check_returncode()):
+        make(flags)
         kept.append((run / "images.pt").read_bytes())
         shutil.rmtree(run)
     assert kept[0] == kept[1]
@@ -298,8 +298,7 @@ def test_same_seed_same_bytes_and_a_killed_run_resumes_to_them(here):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (run / "images.pt").exists() and torch.load(run / "memory.pt", weights_only=True)["b"] < 6
-    refused = script("recover", *flags)
-    assert refused.returncode == 1 and "in use: add --resume" in refused.stderr
+    one_line(recover.main, flags, "in use: add --resume")
     resumed = script("recover", *flags, "--resume")
     assert resumed.returncode == 0 and "resuming after batch" in resumed.stdout
     assert (run / "images.pt").read_bytes() == kept[0]
@@ -373,10 +372,13 @@ def test_bad_flags_of_recover(here, flags, words):
 
 
 def test_bad_input_reaches_the_user_as_one_line_and_exit_code_1(here):
-    for name, flags, word in (("recover", ["--ipc", "0"], "--ipc"), ("eval", ["nowhere"], "nowhere"),
-                              ("relabel", ["runs/toy-convnet"], "a run of squeeze.py"), ("squeeze", [], "in use")):
-        out = script(name, *flags)
-        assert out.returncode == 1 and word in out.stderr and out.stderr.count("\n") == 1, out.stderr
+    cases = (("recover", ["--ipc", "0"], "--ipc"), ("eval", ["nowhere"], "nowhere"), ("squeeze", [], "in use"),
+             ("relabel", ["runs/toy-convnet"], "a run of squeeze.py"), ("baselines", [], "--method"))
+    started = [subprocess.Popen([sys.executable, ROOT / f"{name}.py", *flags], stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True) for name, flags, _ in cases]      # side by side
+    for process, (name, _, word) in zip(started, cases):
+        error = process.communicate()[1]
+        assert process.returncode == 1 and word in error and error.count("\n") == 1, (name, error)
 
 
 def test_broken_run_folders(here):
