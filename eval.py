@@ -167,8 +167,8 @@ def evaluate(run, network, data, args, device):
     for seed in range(s["seeds"]):
         if str(seed) not in row["seeds"]:
             checkpoint = folder / f"student-{name}-{seed}.pt"
-            made = train_student(content, images, answer, label_settings, s, identity, seed, checkpoint)
-            raw, averaged, seconds = made
+            raw, averaged, seconds = train_student(content, images, answer, label_settings, s, identity, seed,
+                                                   checkpoint)
             score, raw_score = (squeeze.accuracy(net, data, content["mean"], content["std"], device)
                                 for net in (averaged, raw))
             row["seeds"][str(seed)] = {"averaged": score, "raw": raw_score, "seconds": seconds}

@@ -137,7 +137,7 @@ def join(memory, current, k, classes, s):
 
 
 def remember(memory, joined, classes, s, K):
-    """Move the memory on by one finished batch."""
+    """Put the joined statistics into the memory; the caller counts the batch."""
     for name, (psi, phi) in joined.items():
         memory["psi"][name] = psi
         if s["signal"] == "class":
@@ -145,7 +145,6 @@ def remember(memory, joined, classes, s, K):
             whole[:, classes] = phi
         else:
             memory["phi"][name] = phi
-    memory["b"] += 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -271,8 +270,9 @@ def distil(folder, data, network, teacher, statistics, pairs_of, s, device):
                                   classes, network, lambda: match(pairs, targets, join(memory, current, k, classes, s),
                                                                   classes, s), s, teacher, rng, report)
                 images = to_uint8(images, teacher)
-                seen = view_statistics(images.to(device), network, current, teacher, rng, min(10, s["iterations"]))
-                remember(memory, join(memory, seen, k, classes, s), classes, s, K)
+                if not s["no_emu"]:
+                    seen = view_statistics(images.to(device), network, current, teacher, rng, min(10, s["iterations"]))
+                    remember(memory, join(memory, seen, k, classes, s), classes, s, K)
         with open(folder / "images.raw", "r+b" if b else "wb") as file:
             file.seek(images[0].numel() * (k * K + int(here[0])))
             file.write(images.numpy().tobytes())
@@ -324,8 +324,8 @@ def add_flags(parser):
     parser.add_argument("--preset", choices=["ours", "paper"], default="ours",
                         help="what flags left out take; they differ on CIFAR, in --init, --iterations and --lr")
     parser.add_argument("--init", choices=["confident", "real", "noise"],
-                        help="start from the training images the teacher is surest of (default on CIFAR), the first ones "
-                        "of a class (elsewhere, and with --iterations 0), or noise")
+                        help="start from the training images the teacher is surest of (default on CIFAR), the first "
+                        "ones of a class (elsewhere, and with --iterations 0), or noise")
     parser.add_argument("--iterations", type=number(int, 0), help="Adam steps a batch; 0: the random-real baseline")
     parser.add_argument("--lr", type=number(float, 0, strict=True),
                         help="Adam's learning rate on pixels, cosine to zero")

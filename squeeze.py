@@ -649,17 +649,15 @@ def gather_statistics(network, data, mean, std, device, batch):
             labels = F.one_hot(index, len(data.classes)).to(device)
             with autocast(device):
                 logits = network(normalise(images.to(device), mean, std)).double()     # float32 ties near log 1
-            confidence.append(logits.log_softmax(1).gather(1, index[:, None].to(device))[:, 0].cpu())
+            confidence.append(logits.log_softmax(1).gather(1, index[:, None].to(device))[:, 0])
             for name, seen in {**maps, **plain}.items():
                 layers[name] = spectral.merge(layers[name], seen) if name in layers else seen
-    if not all(seen.ffc.isfinite().all() for seen in layers.values()):
-        raise BadInput("statistics: not finite, so the teacher has diverged: squeeze again with a lower --lr")
     seconds = time.time() - start
     print(f"statistics of {len(layers)} layers over {len(data.train.labels)} images: {seconds:.1f} s, "
           f"{len(data.train.labels) / seconds:.0f} images/s", flush=True)
     layers = {name: {key: value if key == "count" else value.float().cpu() for key, value in seen._asdict().items()}
               for name, seen in layers.items()}
-    return dict(layers=layers, head=head, confidence=torch.cat(confidence))
+    return dict(layers=layers, head=head, confidence=torch.cat(confidence).cpu())
 
 
 def fold(network):
@@ -811,6 +809,8 @@ def squeeze(data, preset, s, folder, config, device, given):
     network.load_state_dict(load_state(folder / "teacher.pt")["state_dict"])
     network.to(device)
     found = gather_statistics(fold(network), data, preset["mean"], preset["std"], device, s["batch"])
+    if not all(layer["ffc"].isfinite().all() for layer in found["layers"].values()):
+        raise BadInput(f"{folder}: the teacher's features are not finite: remove it, use a lower --lr or another --teacher")
     save(folder / "statistics.pt", dict(**found, teacher=sha256(folder / "teacher.pt"),
                                         class_counts=torch.bincount(data.train.labels, minlength=len(data.classes))))
     finish_run(folder, config, ["teacher.pt", "statistics.pt"])

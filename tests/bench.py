@@ -223,7 +223,8 @@ def stage_rows(repetitions, n=1000):
                "bare": stats.median(b for _, b in pairs),
                "share": stats.median(a / b for a, b in pairs)}
         rows.append(row)
-        print(f"{stage:18s} {row['images_per_second']:8.0f} images/s, bare network {row['bare']:8.0f}: {100 * row['share']:.0f} %", flush=True)
+        print(f"{stage:18s} {row['images_per_second']:8.0f} images/s, bare network {row['bare']:8.0f}: "
+              f"{100 * row['share']:.0f} %", flush=True)
     return rows
 
 
@@ -231,8 +232,8 @@ GROWTH = [(1, 10), (10, 10), (50, 10), (100, 10), (10, 100), (10, 200)]       # 
 
 
 def growth(ipc, classes):
-    """Seconds an image and peak MB of recover's loop in this process: chunks of 10 classes, 5 iterations a batch, out of
-    20,000 toy images whatever IPC and classes are."""
+    """Seconds an image and peak MB of recover's loop in this process: chunks of 10 classes, 5 iterations a batch, out
+    of 20,000 toy images whatever IPC and classes are."""
     device, teacher = squeeze.pick_device(), dict(mean=[0.5] * 3, std=[0.25] * 3)
     images, labels = squeeze.toy(20000 // classes, classes, 0)
     data = squeeze.Data("toy", [str(c) for c in range(classes)], 32, squeeze.Split(images, labels), None, "")

@@ -1,4 +1,4 @@
-"""baselines.py: each method's pairs against the method's own definition, in float64 on random data (paper, Section 3)."""
+"""baselines.py: each method's pairs against the method's own definition, in float64 on random data."""
 import numpy as np
 import pytest
 import torch
@@ -72,7 +72,7 @@ def test_mtt_pairs_are_gradient_descent(sets):
 
 
 def test_frepo_is_kernel_ridge_regression(sets):
-    """Through the Gram matrix (Eq. 13) and through FFC (Eq. 14); then the identity between them by itself (Eq. 26-27)."""
+    """Through the Gram matrix (Eq. 13) and through FFC (Eq. 14); then the identity between them (Eq. 26-27)."""
     for (H, Y), (weights,) in zip(sets, compared(baselines.frepo, sets)):
         same(weights, H.T @ torch.linalg.solve(H @ H.T + S["beta"] * torch.eye(len(H), dtype=torch.float64), Y))
     B = torch.randn(6, 9, dtype=torch.float64)
@@ -98,13 +98,15 @@ def test_sre2l_pairs_are_batchnorms_statistics():
 
 
 def test_responses_agree_with_the_papers_table():
-    """Low-pass: f rises with lambda; high-pass: f falls. DM's f is flat: it weights every direction of FLC alike, and the
-    paper calls it low-pass since the unweighted signal is largest where lambda is: what dominates is low frequency."""
+    """Low-pass: f rises with lambda; high-pass: f falls. DM's f is flat: it weights every direction of FLC alike, and
+    the paper calls it low-pass since the unweighted signal is largest where lambda is: what dominates is low frequency."""
     lam = torch.linspace(0, 4, 101, dtype=torch.float64)
 
     def band(f):
         slope = f(lam).diff()
-        return "flat" if slope.abs().max() < 1e-12 else "low" if (slope >= 0).all() else "high" if (slope <= 0).all() else "mixed"
+        if slope.abs().max() < 1e-12:
+            return "flat"
+        return "low" if (slope >= 0).all() else "high" if (slope <= 0).all() else "mixed"
     expected = {"dm": {"flat"}, "sre2l": {"low", "flat"}, "dc": {"low", "flat"}, "covm": {"low", "flat"},
                 "mtt": {"high"},
                 "frepo": {"high"}}

@@ -263,7 +263,8 @@ def test_report(here):
     rows = json.loads((out / "report.json").read_text())["runs"]
     assert set(rows) == {"real-ipc2", "cfm-ipc2-iterations3"}
     assert all(-1 <= row["similarity"] <= 1 and 0 < row["high_share"] < 1 for row in rows.values())
-    assert (out / "psd.svg").read_text().count("<polyline") == 2 and "cfm-ipc2-iterations3 round 2" in (out / "filters.svg").read_text()
+    assert (out / "psd.svg").read_text().count("<polyline") == 2
+    assert "cfm-ipc2-iterations3 round 2" in (out / "filters.svg").read_text()
     assert Image.open(out / "grid.png").size == (10 * 33 + 1, 4 * 33 + 1)
     shutil.copytree("runs/toy-convnet", "runs/other-convnet")
     one_line(evaluation.main, [runs[0], "runs/other-convnet/real-ipc2", "--report"], "--report", "other-convnet")

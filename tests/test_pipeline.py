@@ -1,6 +1,7 @@
 """The four stages on toy images: contracts, reproducibility, resuming, and what bad input gets."""
 import copy
 import json
+import math
 import os
 import pickle
 import shutil
@@ -43,7 +44,7 @@ def test_toy_is_deterministic_and_pairs_share_their_colours():
     means = torch.stack([F.avg_pool2d(images[labels == k].float().mean(0, keepdim=True), 8).flatten()
                          for k in range(10)])
     distance = torch.cdist(means, means) + 1e9 * torch.eye(10)
-    assert distance.argmin(1).tolist() == [k ^ 1 for k in range(10)]      # seen coarsely, the other of the pair is nearest
+    assert distance.argmin(1).tolist() == [k ^ 1 for k in range(10)]      # coarsely, the other of the pair is nearest
 
 
 def cifar_folder(root, n=10000):
@@ -181,7 +182,8 @@ def test_pipeline_and_its_contracts(here, capsys):
     assert "no labels yet" in out and "±" in out
     result = json.loads((run / "result.json").read_text())
     row = result["convnet-epochs3"]
-    assert len(result) == 1 and set(row["seeds"]) == {"0", "1"} and row["label_bytes"] == 2 * 3 * 12 * 4 and row["image_bytes"] == 12 * 3072
+    assert len(result) == 1 and set(row["seeds"]) == {"0", "1"}
+    assert row["label_bytes"] == 2 * 3 * 12 * 4 and row["image_bytes"] == 12 * 3072
     assert row["averaged"] == pytest.approx(np.mean([seed["averaged"] for seed in row["seeds"].values()]))
     labels = np.load(run / "labels" / "soft_labels.npy")
     assert labels.shape == (3, 12, 4) and labels.dtype == np.float16
@@ -243,7 +245,7 @@ def test_all_flags_of_recover_reach_the_images(here):
 
 
 def test_emu_is_the_mean_over_finished_batches(here, monkeypatch):
-    """After each batch the memory must hold the mean of what was seen of the finished ones; class-wise: of their classes."""
+    """After each batch the memory must hold the mean of what was seen of the finished ones, or of their classes."""
     for kind in ("mean", "class"):
         memories, seen = [], []
         save, look = squeeze.save, recover.view_statistics
@@ -353,7 +355,8 @@ def test_eval_resumes_to_the_same_student(here, monkeypatch):
     one_line(evaluation.main, [run, "--seeds", "1"], "student-", "--resume")
     evaluation.main([str(run), "--seeds", "1", "--resume"])
     again = json.loads((run / "result.json").read_text())["convnet-epochs4"]
-    assert again["averaged"] == whole["averaged"] and again["raw"] == whole["raw"] and not list(run.glob("student-*.pt"))
+    assert again["averaged"] == whole["averaged"] and again["raw"] == whole["raw"]
+    assert not list(run.glob("student-*.pt"))
 
 
 # ---- bad input: one line, exit code 1, no traceback
@@ -380,6 +383,17 @@ def test_bad_input_reaches_the_user_as_one_line_and_exit_code_1(here):
     for process, (name, _, word) in zip(started, cases):
         error = process.communicate()[1]
         assert process.returncode == 1 and word in error and error.count("\n") == 1, (name, error)
+
+
+def test_a_teacher_that_diverges_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = lambda root, size, classes: (*(squeeze.Split(*squeeze.toy(10, 4, seed)) for seed in (0, 1)), list("abcd"))
+    monkeypatch.setitem(squeeze.LOADERS, "toy", few)
+    one_line(squeeze.main, ["--batch", "10", "--lr", "1e30"], "--lr 1e+30", "diverged in epoch 1", "remove")
+    shutil.rmtree("runs")
+    state = squeeze.build_network("convnet", 4, 32).state_dict()
+    torch.save({key: value * math.nan for key, value in state.items()}, "nan.pth")
+    one_line(squeeze.main, ["--teacher", "nan.pth"], "toy-convnet", "not finite", "remove")
 
 
 def test_broken_run_folders(here):

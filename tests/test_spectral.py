@@ -198,7 +198,7 @@ def test_repeated_eigenvalues_break_eigh_but_not_the_filter():
 
 
 def test_nearly_repeated_eigenvalues():
-    """Between 'equal' and 'apart' the divided difference must not lose its digits: compare with the ridge's closed form."""
+    """Between 'equal' and 'apart' the divided difference must not lose digits: compare with the ridge's closed form."""
     for gap in 10.0 ** -np.arange(1, 16):
         U = torch.linalg.qr(torch.randn(5, 5, **f64)).Q
         A = (U * torch.tensor([0, gap, 1, 1 + gap, 2], **f64)) @ U.T
@@ -260,10 +260,10 @@ def test_alpha_schedules():
     for kind in ("cosine", "linear", "constant"):
         assert sp.alpha_schedule(0, 10, 0.7, kind) == 0.7 and sp.alpha_schedule(0, 1, 0.7, kind) == 0.7
     cosine, linear = ([sp.alpha_schedule(k, 10, 1.0, kind) for k in range(10)] for kind in ("cosine", "linear"))
-    assert np.allclose(cosine, [(1 + np.cos(np.pi * k / 10)) / 2 for k in range(10)]) and np.allclose(linear,
-                                                                                                      1 - np.arange(10) / 10)
-    assert np.all(np.diff(cosine) < 0) and 0 < cosine[-1] < 0.03 and sp.alpha_schedule(5, 10,
-                                                                                       1.0) == pytest.approx(0.5)
+    assert np.allclose(cosine, [(1 + np.cos(np.pi * k / 10)) / 2 for k in range(10)])
+    assert np.allclose(linear, 1 - np.arange(10) / 10)
+    assert np.all(np.diff(cosine) < 0) and 0 < cosine[-1] < 0.03
+    assert sp.alpha_schedule(5, 10, 1.0) == pytest.approx(0.5)
     assert sp.alpha_schedule(9, 10, 1.0, "constant") == 1.0
 
 
