@@ -1,9 +1,9 @@
 """Stage 2, recover: optimise the synthetic images until their spectra match the real ones (Curriculum Frequency
 Matching).
 
-    python recover.py                                                    toy images, two minutes on two CPU cores
-    python recover.py --dataset cifar10 --network convnet --ipc 10       a minute on one CPU core
-    python recover.py --dataset cifar10 --network convnet --preset paper 8 to 13 minutes, the paper's settings
+    python recover.py                                                    toy images, one to two minutes on two CPU cores
+    python recover.py --dataset cifar10 --network convnet --ipc 10       a minute or less on one CPU core
+    python recover.py --dataset cifar10 --network convnet --preset paper the paper's settings, 3 to 13 minutes
     python recover.py --dataset tiny --ipc 100 --alpha-max 1             the paper's settings, one GPU
     python recover.py --iterations 0                                     the honest rival: real images, untouched
 

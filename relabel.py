@@ -1,7 +1,7 @@
 """Stage 3, relabel: store the teacher's soft label for a random view of every image, for every epoch (FKD).
 
     python relabel.py runs/toy-convnet/cfm-ipc10                     seconds
-    python relabel.py runs/cifar10-convnet/cfm-ipc10                 two to three minutes on one CPU core
+    python relabel.py runs/cifar10-convnet/cfm-ipc10                 up to three minutes on one CPU core
     python relabel.py runs/cifar10-convnet --images DIR              another method's images, DIR/<class>/*
 
 A view (crop box, flip, CutMix partner and patch) is a pure function of (seed, epoch, image): eval.py rebuilds exactly

@@ -1,7 +1,7 @@
 """Stage 1, squeeze: train the teacher, then take the real set's statistics (FFC and FLC of every layer) in one pass.
 
     python squeeze.py                                                 toy images, two minutes on one CPU core
-    python squeeze.py --dataset cifar10 --network convnet --epochs 16 an hour on two CPU cores
+    python squeeze.py --dataset cifar10 --network convnet --epochs 16 10 to 60 minutes on two CPU cores
     python squeeze.py --dataset tiny                                  the paper's settings for Tiny-ImageNet, one GPU
 
 Writes runs/<dataset>-<network>/ with teacher.pt, statistics.pt, config.json and log.jsonl; the other stages find it
@@ -456,8 +456,10 @@ def build_network(name, classes, size):
 
 
 def autocast(device):
-    """bfloat16 on CUDA; statistics leave it again (spectral.py)."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+    """bfloat16 for the network on CUDA and on CPUs that multiply in it; statistics leave it again (spectral.py)."""
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()                          # torch of 2026; older ones: none
+    native = device.type == "cuda" or cpu.get("avx512_bf16", False)               # elsewhere it is emulated, slowly
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=native)
 
 
 @torch.no_grad()
@@ -810,7 +812,7 @@ def squeeze(data, preset, s, folder, config, device, given):
     network.to(device)
     found = gather_statistics(fold(network), data, preset["mean"], preset["std"], device, s["batch"])
     if not all(layer["ffc"].isfinite().all() for layer in found["layers"].values()):
-        raise BadInput(f"{folder}: the teacher's features are not finite: remove it, use a lower --lr or another --teacher")
+        raise BadInput(f"{folder}: the teacher's features are not finite: remove it; lower --lr or change --teacher")
     save(folder / "statistics.pt", dict(**found, teacher=sha256(folder / "teacher.pt"),
                                         class_counts=torch.bincount(data.train.labels, minlength=len(data.classes))))
     finish_run(folder, config, ["teacher.pt", "statistics.pt"])

@@ -1,5 +1,5 @@
 """What the tests share. They run from anywhere: the six scripts are one folder up."""
-import os
+import contextlib
 import shutil
 import sys
 from pathlib import Path
@@ -16,12 +16,12 @@ squeeze.keep_freed_memory()
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):
-    """A folder with runs/toy-convnet: 4 classes, one epoch."""
+    """A folder with runs/toy-convnet: 4 classes, one epoch, in float32 on every machine."""
     here = tmp_path_factory.mktemp("pipeline")
-    before = Path.cwd()
-    os.chdir(here)
-    squeeze.main(["--classes", "4", "--epochs", "1"])
-    os.chdir(before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        patch.setattr(squeeze, "autocast", lambda device: contextlib.nullcontext())
+        squeeze.main(["--classes", "4", "--epochs", "1"])
     return here
 
 
@@ -31,6 +31,12 @@ def here(teacher, tmp_path, monkeypatch):
     shutil.copytree(teacher / "runs", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def float32(monkeypatch):
+    """No bfloat16 on CPUs that have it, for tests that compare digits."""
+    monkeypatch.setattr(squeeze, "autocast", lambda device: contextlib.nullcontext())
 
 
 def one_line(main, flags, *words):

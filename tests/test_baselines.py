@@ -99,7 +99,7 @@ def test_sre2l_pairs_are_batchnorms_statistics():
 
 def test_responses_agree_with_the_papers_table():
     """Low-pass: f rises with lambda; high-pass: f falls. DM's f is flat: it weights every direction of FLC alike, and
-    the paper calls it low-pass since the unweighted signal is largest where lambda is: what dominates is low frequency."""
+    the paper calls it low-pass since the unweighted signal is largest where lambda is: low frequency dominates."""
     lam = torch.linspace(0, 4, 101, dtype=torch.float64)
 
     def band(f):

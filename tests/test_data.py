@@ -115,7 +115,7 @@ def test_tiny(tmp_path, monkeypatch):
 
 # ---- teachers and students
 
-def test_teacher_file(here):
+def test_teacher_file(here, float32):
     state = torch.load("runs/toy-convnet/teacher.pt", weights_only=True)
     torch.save(state["state_dict"], "mine.pth")
     score = json.loads(Path("runs/toy-convnet/config.json").read_text())["results"]["test"]

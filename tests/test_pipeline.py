@@ -92,7 +92,7 @@ def real_images():
     return squeeze.toy(100, 10, 0)[0]
 
 
-def test_statistics_equal_numpy_on_images():
+def test_statistics_equal_numpy_on_images(float32):
     """The statistics pass, batch by batch, against NumPy on all features at once, through fixed random weights."""
     torch.manual_seed(0)
     images = real_images()
@@ -170,7 +170,7 @@ def test_a_view_is_crop_flip_and_patch():
 
 # ---- the stages
 
-def test_pipeline_and_its_contracts(here, capsys):
+def test_pipeline_and_its_contracts(here, capsys, float32):
     run = Path("runs/toy-convnet/cfm-ipc3-iterations8")
     recover.main(TINY)
     content = torch.load(run / "images.pt", weights_only=True)
@@ -267,7 +267,7 @@ def test_emu_is_the_mean_over_finished_batches(here, monkeypatch):
                 assert torch.allclose(memories[b - 1]["phi"][name][:, :phi.shape[1]], phi, rtol=1e-4, atol=1e-6)
 
 
-def test_view_statistics_are_those_of_the_views(here):
+def test_view_statistics_are_those_of_the_views(here, float32):
     """The mean over random views of the saved images, layer by layer, against a loop over single views."""
     network, teacher, _ = squeeze.load_teacher("runs/toy-convnet", torch.device("cpu"))
     images = squeeze.toy(1, 4, 0)[0]
