@@ -65,7 +65,7 @@ def collect_inputs(network, select=is_main_convolution, transform=lambda feature
 
 
 def rows(features, layout="map"):
-    """Feature vectors as the rows of one matrix [n, C], in float32 or better.
+    """Feature vectors as the rows of one matrix [n, C].
 
     layout: "map" [B, C, H, W] -> n = B*H*W, "tokens" [B, T, C] -> n = B*T, "plain" [B, C] -> n = B. A view, not a copy,
     of channels-last maps, tokens and plain features. Raises ValueError on an unknown layout, or another number of axes.
@@ -74,31 +74,37 @@ def rows(features, layout="map"):
         raise ValueError(f"layout {layout!r} found, must be one of {', '.join(LAYOUTS)}")
     if features.ndim != len(LAYOUTS[layout].split("->")[0].split()) or features.numel() == 0:
         raise ValueError(f"layout {layout!r} takes {LAYOUTS[layout].split(' ->')[0]}, found {tuple(features.shape)}")
-    if features.dtype in (torch.float16, torch.bfloat16):
-        features = features.float()
     return rearrange(features, LAYOUTS[layout])
+
+
+def single(x):
+    """x in float32 or better: statistics, factorisations and losses never use half precision."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # FFC and FLC (Eq. 15-16)
 
 class _Covariance(torch.autograd.Function):
-    """X [n, C] -> covariance [C, C] and mean [C]. Autograd's own backward would multiply X twice and keep a centred
-    copy; written out, dL/dX = X A + 1 b^T with A = (G + G^T)/n and b = g/n - A mean is one product with the X that is
-    there."""
+    """X [n, C] -> covariance [C, C] and mean [C], in float32 or better. Autograd's own backward would multiply X twice
+    and keep a centred copy; written out, dL/dX = X A + 1 b^T with A = (G + G^T)/n and b = g/n - A mean is one product
+    with the X that is there. Of bfloat16 features no float32 copy is kept, and their gradient is made in bfloat16, to
+    which it would be rounded next."""
 
     @staticmethod
     def forward(ctx, X):
-        mean = X.mean(0)
+        exact = single(X)
+        mean = exact.mean(0)
         ctx.save_for_backward(X, mean)
-        return torch.addmm(torch.outer(mean, mean), X.T, X, beta=-1, alpha=1 / len(X)), mean
+        return torch.addmm(torch.outer(mean, mean), exact.T, exact, beta=-1, alpha=1 / len(X)), mean
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, G, g):
         X, mean = ctx.saved_tensors
         A = (G + G.T) / len(X)
-        return torch.addmm(g / len(X) - A @ mean, X, A)
+        X = X.float() if X.dtype == torch.float16 else X   # A can be below float16's range
+        return torch.addmm((g / len(X) - A @ mean).to(X.dtype), X, A.to(X.dtype))
 
 
 def covariance(features, layout="map"):
@@ -107,9 +113,8 @@ def covariance(features, layout="map"):
     X is neither copied nor centred, so in float32 its error grows with |m|^2 / variance; features behind
     a ReLU lose nothing by it. Steps out of autocast. Differentiable.
     """
-    X = rows(features, layout)
-    with torch.autocast(X.device.type, enabled=False):
-        return _Covariance.apply(X)
+    with torch.autocast(features.device.type, enabled=False):
+        return _Covariance.apply(rows(features, layout))
 
 
 def ffc(features, layout="map"):
@@ -124,10 +129,10 @@ def flc(features, labels=None, layout="map"):
     Raises ValueError if labels are not [B, K].
     """
     if labels is None:
-        return rows(features, layout).mean(0)
+        return single(rows(features, layout)).mean(0)
     if labels.ndim != 2 or len(labels) != len(features):
         raise ValueError(f"labels must be [B, K] with B = {len(features)} (see one_hot), found {tuple(labels.shape)}")
-    H = rows(features, layout)
+    H = single(rows(features, layout))
     H = rearrange(H, "(b p) c -> b p c", b=len(features)).mean(1)
     with torch.autocast(H.device.type, enabled=False):
         return H.T @ labels.to(H.dtype) / len(H)
@@ -147,7 +152,7 @@ def statistics(features, labels, layout="map"):
     Centred first (this pass can afford the copy), products in the features' precision over blocks of rows, their sum in
     float64: a float32 sum over 10^5 rows in one go was off by 2e-5.
     """
-    X = rows(features.detach(), layout)
+    X = single(rows(features.detach(), layout))
     with torch.autocast(X.device.type, enabled=False):
         mean = X.mean(0, dtype=torch.float64)
         centred = X - mean.to(X.dtype)
@@ -308,7 +313,7 @@ def symmetric(ffc):
     """(Psi + Psi^T) / 2 in float32 or better. Raises ValueError unless ffc is [..., C, C]."""
     if ffc.ndim < 2 or ffc.shape[-1] != ffc.shape[-2]:
         raise ValueError(f"ffc must be [..., C, C], found {tuple(ffc.shape)}")
-    ffc = ffc.float() if ffc.dtype in (torch.float16, torch.bfloat16) else ffc
+    ffc = single(ffc)
     return (ffc + ffc.mT) / 2
 
 

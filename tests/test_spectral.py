@@ -74,6 +74,17 @@ def test_covariance_gradient(memory_format):
     assert torch.autograd.gradcheck(sp.covariance, x)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_covariance_gradient_in_half_precision(dtype):
+    """Rounded to the features' precision, but not lost where it is small."""
+    x = torch.randn(20, 16, 8, 8).relu().to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    G, g = 1e-3 * torch.randn(16, 16), 1e-3 * torch.randn(16)
+    found, wanted = (torch.autograd.grad(sum((part * weight).sum() for part, weight in zip(sp.covariance(v), (G, g))),
+                                         v)[0] for v in (x, exact))
+    assert found.dtype == dtype and relative(found.double(), wanted) < 1e-2
+
+
 def test_autocast_does_not_reach_the_statistics():
     x = torch.randn(20, 16, 8, 8).relu().to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
     exact_psi, exact_phi = sp.covariance(x.double())
