@@ -147,11 +147,12 @@ def test_set(run, args, device):
     return data._replace(test=squeeze.in_memory(data, data.test, device))
 
 
-def evaluate(run, network, data, args, device):
-    """All seeds of one student network on one run; result.json after each seed. Returns the row of the table."""
+def evaluate(run, network, data, source, args, device):
+    """All seeds of one student network on one run; result.json after each seed. source: label_source's. Returns the
+    row of the table."""
     content, config, parent = relabel.load_run(run)
     dataset, folder, images = config["settings"]["dataset"], Path(run), content["images"].to(device)
-    label_settings, label_hash, label_bytes = label_source(run, config, args)
+    label_settings, label_hash, label_bytes = source
     defaults = {**vars(parse([run])), "epochs": relabel.PRESETS[dataset]["epochs"],
                 "batch": min(BATCH[dataset](len(images)), len(images))}
     s = {key: defaults[key] if value is None else value for key, value in vars(args).items()}
@@ -351,7 +352,7 @@ def parse(argv):
 
 
 def main(argv):
-    args, device, jobs, table = parse(argv), squeeze.pick_device(), [], []
+    args, device, jobs, sources, table = parse(argv), squeeze.pick_device(), [], {}, []
     if args.export:
         return export(args.runs[0], args.export)
     if args.report:
@@ -362,14 +363,16 @@ def main(argv):
         jobs += [(run, network) for network in args.network or [config["settings"]["network"]]]
         if not args.resume and ((folder / "result.json").exists() or list(folder.glob("student-*.pt"))):
             raise BadInput(f"{run}: its result.json or student-*.pt is in use: add --resume to add to it, or remove it")
-        if stored and (folder / "labels").is_dir() and squeeze.read_config(
-                folder / "labels", "relabel", args.resume)["artefacts"]:
-            label_source(run, config, args)
+        if not stored or ((folder / "labels").is_dir() and squeeze.read_config(
+                folder / "labels", "relabel", args.resume)["artefacts"]):
+            sources[run] = label_source(run, config, args)
     sets = {run: test_set(run, args, device) for run in args.runs}
-    for run in args.runs if stored else []:
-        relabel.ensure(run, args.epochs, args.resume)
+    for run in args.runs:
+        if run not in sources:
+            relabel.ensure(run, args.epochs, args.resume)
+            sources[run] = label_source(run, relabel.load_run(run)[1], args)
     for run, network in jobs:
-        table.append((run, network, evaluate(run, network, sets[run], args, device)))
+        table.append((run, network, evaluate(run, network, sets[run], sources[run], args, device)))
     print(f"\n{'run':44s} {'student':13s} {'averaged':>13s} {'raw':>13s} {'images':>10s} {'labels':>10s} {'time':>8s}")
     for run, network, row in table:
         print(f"{run:44s} {network:13s} {row['averaged']:6.2f} ± {row['averaged_std']:4.2f} {row['raw']:6.2f} ± "
