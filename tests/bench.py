@@ -9,7 +9,8 @@ two torch.linalg.solve a layer and side, the real side anew at each step. Before
 loss (1e-3) and the same image gradient (1e-2, relative) in float32. Then ours and the bare network run as the scripts
 do, in bfloat16 on CUDA and on CPUs that have it. Repetitions are interleaved, since machines drift; a row is the
 median of the per-repetition ratios. Peak memory comes from one process per variant: CUDA's
-counter, or the resident set on a CPU. Prints a table and writes bench.json.
+counter, or the resident set on a CPU. Prints a table and writes bench.json (--growth: growth.json)
+beside this file.
 """
 import argparse
 import json
@@ -279,13 +280,13 @@ def main():
     if args.growth_of:
         return print(*growth(*args.growth_of))
     if args.growth:
-        return Path("growth.json").write_text(json.dumps(growth_rows(), indent=1) + "\n")
+        return Path(__file__).with_name("growth.json").write_text(json.dumps(growth_rows(), indent=1) + "\n")
     device = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     print(f"{device}, torch {torch.__version__}\n{'recover step':18s} {'reference':>9s} {'ours':>9s} {'bare':>9s}")
     result = {"device": device, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
               "recover": recover_rows(args.cases, args.repetitions, args.steps),
               "stages": stage_rows(args.repetitions)}
-    Path("bench.json").write_text(json.dumps(result, indent=1) + "\n")
+    Path(__file__).with_name("bench.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
