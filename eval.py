@@ -109,6 +109,8 @@ def train_student(content, images, answer, label_settings, s, identity, seed, ch
             print(f"{checkpoint.parent.name}: {s['network']} seed {seed} epoch {epoch + 1}/{s['epochs']}  "
                   f"loss {loss.item():.4f}  {(s['epochs'] - epoch - 1) * rate:.1f} min left",
                   flush=True)
+    if not all(weight.isfinite().all() for weight in student.parameters()):
+        raise BadInput(f"--lr {s['lr']}: the student's weights are not finite: use a lower one")
     return student, average.module, before + time.time() - start
 
 
@@ -165,6 +167,7 @@ def evaluate(run, network, data, source, args, device):
     if any(row.get(key) != identity[key] for key in identity):
         raise BadInput(f"{path}: {name} there is of other labels, images or settings: remove it to evaluate anew")
     answer = answers(run, content, images, parent, label_settings, s, device)
+    print(f"settings: run={run} network={network} " + " ".join(f"{key}={s[key]}" for key in ("seeds", *RECIPE)))
     for seed in range(s["seeds"]):
         if str(seed) not in row["seeds"]:
             checkpoint = folder / f"student-{name}-{seed}.pt"
@@ -187,11 +190,14 @@ def export(run, target):
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise BadInput(f"--export {target}: not an empty folder: name a new one")
     seen = [0] * len(content["classes"])
-    for image, label in zip(content["images"], content["labels"].tolist()):
-        folder = target / content["classes"][label]
-        folder.mkdir(parents=True, exist_ok=True)
-        to_pil_image(image).save(folder / f"{seen[label]:05d}.png")
-        seen[label] += 1
+    try:
+        for image, label in zip(content["images"], content["labels"].tolist()):
+            folder = target / content["classes"][label]
+            folder.mkdir(parents=True, exist_ok=True)
+            to_pil_image(image).save(folder / f"{seen[label]:05d}.png")
+            seen[label] += 1
+    except OSError as error:
+        raise BadInput(f"--export {target}: cannot be written ({error.strerror}): name another folder") from error
     print(f"exported {sum(seen)} images to {target}")
 
 

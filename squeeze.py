@@ -73,8 +73,8 @@ def number(kind, low, strict=False):
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number of type {kind.__name__}") from None
-        if not math.isfinite(value) or value < low or (strict and value == low):
-            raise argparse.ArgumentTypeError(f"{text} found, must be {'>' if strict else '>='} {low}")
+        if not low <= value < 2**63 or (strict and value == low):                     # NaN is neither
+            raise argparse.ArgumentTypeError(f"{text} found, must be {'>' if strict else '>='} {low} and below 2^63")
         return value
     return parse
 
@@ -209,7 +209,7 @@ def image_files(root, names):
     paths, labels = [path for path, _ in found], torch.tensor([label for _, label in found], dtype=torch.long)
     counts = torch.bincount(labels, minlength=len(names))
     if counts.min() == 0:
-        raise BadInput(f"--data {root}: no image in class {names[int(counts.argmin())]!r}: add some or remove it")
+        raise BadInput(f"{root}: no image in class {names[int(counts.argmin())]!r}: every class needs some")
     return paths, labels
 
 
@@ -564,7 +564,10 @@ def open_run(folder, stage, settings, inputs, resume):
                     raise BadInput(f"--resume {folder}: {key} is {now[key]!r} now and was {then.get(key)!r}: give the "
                                    f"same, or remove the folder")
         return config
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{folder}: this folder cannot be made ({error.strerror}): mend what is in its way") from error
     config = dict(stage=stage, settings=settings, inputs=inputs, artefacts={}, results={},
                   versions=dict(python=sys.version.split()[0], torch=torch.__version__,
                                 torchvision=torchvision.__version__,

@@ -368,6 +368,7 @@ def test_eval_resumes_to_the_same_student(here, monkeypatch):
     (["--alpha-max", "0"], ["--alpha-max", "> 0"]), (["--alpha-max", "-1"], ["--alpha-max"]),
                                           (["--alpha-max", "nan"], ["--alpha-max"]),
     (["--iterations", "-1"], ["--iterations"]), (["--lr", "0"], ["--lr"]), (["--no-such-flag"], ["--no-such-flag"]),
+    (["--seed", "99999999999999999999"], ["--seed", "below 2^63"]),
     (["--filter", "low", "--alpha-max", "1"], ["--alpha-max", "--filter low"]),
     (["--filter", "high", "--schedule", "linear"], ["--schedule", "--filter high"]),
     (["--dataset", "cifar10", "--data", "nowhere"], ["--data nowhere", "no such folder"])])
@@ -389,8 +390,11 @@ def test_a_teacher_that_diverges_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     few = lambda root, size, classes: (*(squeeze.Split(*squeeze.toy(10, 4, seed)) for seed in (0, 1)), list("abcd"))
     monkeypatch.setitem(squeeze.LOADERS, "toy", few)
-    one_line(squeeze.main, ["--batch", "10", "--lr", "1e30"], "--lr 1e+30", "diverged in epoch 1", "remove")
+    one_line(squeeze.main, ["--batch", "10", "--lr", "1e18"], "--lr 1e+18", "diverged in epoch 1", "remove")
     shutil.rmtree("runs")
+    Path("runs").touch()
+    one_line(squeeze.main, [], "runs", "cannot be made")
+    Path("runs").unlink()
     state = squeeze.build_network("convnet", 4, 32).state_dict()
     torch.save({key: value * math.nan for key, value in state.items()}, "nan.pth")
     one_line(squeeze.main, ["--teacher", "nan.pth"], "toy-convnet", "not finite", "remove")
@@ -407,6 +411,11 @@ def test_broken_run_folders(here):
     one_line(relabel.main, [run, "--epochs", "3"], "in use")
     one_line(relabel.main, [run, "--epochs", "2", "--scale", "0.5", "--resume"], "scale is 0.5 now and was 0.08")
     one_line(evaluation.main, [run, "--epochs", "3"], "--epochs 3", "holds 2")
+    one_line(evaluation.main, [run, "--lr", "1e18"], "--lr 1e+18", "not finite")
+    Path("file").touch()
+    one_line(evaluation.main, [run, "--export", "file/folder"], "--export file/folder", "cannot be written")
+    Path("nothing").mkdir()
+    one_line(relabel.main, ["runs/toy-convnet", "--images", "nothing"], "nothing", "no image in class")
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "inputs": {**config["inputs"], "teacher.pt": "0" * 64}}))
     one_line(relabel.main, [run], "another teacher")
