@@ -8,9 +8,8 @@ The reference step is the paper's, written the plain way: unfolded network, cont
 two torch.linalg.solve a layer and side, the real side anew at each step. Before any timing both must give the same
 loss (1e-3) and the same image gradient (1e-2, relative) in float32. Then ours and the bare network run as the scripts
 do, in bfloat16 on CUDA and on CPUs that have it. Repetitions are interleaved, since machines drift; a row is the
-median of the per-repetition ratios. Peak memory comes from one process per variant: CUDA's
-counter, or the resident set on a CPU. Prints a table and writes bench.json (--growth: growth.json)
-beside this file.
+median of the per-repetition ratios. Peak memory comes from one process per variant: CUDA's counter, or the resident
+set on a CPU. Prints a table and writes bench.json (--growth: growth.json) beside this file.
 """
 import argparse
 import json
