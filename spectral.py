@@ -88,8 +88,9 @@ def single(x):
 class _Covariance(torch.autograd.Function):
     """X [n, C] -> covariance [C, C] and mean [C], in float32 or better. Autograd's own backward would multiply X twice
     and keep a centred copy; written out, dL/dX = X A + 1 b^T with A = (G + G^T)/n and b = g/n - A mean is one product
-    with the X that is there. Of bfloat16 features no float32 copy is kept, and their gradient is made in bfloat16, to
-    which it would be rounded next."""
+    with the X that is there. Of bfloat16 features no float32 copy is kept. The product is formed in float32 all the
+    same and only its result rounded: behind a filter at small alpha, A holds entries of order 1/alpha^2 along the weak
+    directions of X, where X hardly lies; they cancel in X A, but A rounded to 8 bits first does not."""
 
     @staticmethod
     def forward(ctx, X):
@@ -103,8 +104,7 @@ class _Covariance(torch.autograd.Function):
     def backward(ctx, G, g):
         X, mean = ctx.saved_tensors
         A = (G + G.T) / len(X)
-        X = X.float() if X.dtype == torch.float16 else X   # A can be below float16's range
-        return torch.addmm((g / len(X) - A @ mean).to(X.dtype), X, A.to(X.dtype))
+        return torch.addmm(g / len(X) - A @ mean, single(X), A).to(X.dtype)
 
 
 def covariance(features, layout="map"):

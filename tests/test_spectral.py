@@ -85,6 +85,25 @@ def test_covariance_gradient_in_half_precision(dtype):
     assert found.dtype == dtype and relative(found.double(), wanted) < 1e-2
 
 
+@pytest.mark.parametrize("alpha", [0.1, 0.00245, 1e-4, 2.5e-5])
+@pytest.mark.parametrize("loss", ["filter", "signal"])
+def test_gradient_of_the_matching_loss_in_half_precision(alpha, loss):
+    """Features that leave most directions empty, as ten images do, behind a ridge: G then holds entries of 1/alpha^2
+    along those directions, which must cancel against the features before anything is rounded."""
+    torch.manual_seed(1)
+    spectrum = torch.logspace(0, -4, 24)[:, None]
+    x = (torch.randn(160, 24) @ (spectrum * torch.randn(24, 64)) + 0.3).to(torch.bfloat16)      # rank 24 of 64
+    real, mean = sp.covariance((torch.randn(4000, 64) @ torch.diag(torch.logspace(0, -2, 64))).double(), "plain")
+    x, grads = x.requires_grad_(), []
+    for leaf in (x, x.detach().double().requires_grad_()):
+        psi, phi = sp.covariance(leaf, "plain")
+        F_real, F_syn = sp.ridge_filter(real.to(psi.dtype), alpha), sp.ridge_filter(psi, alpha)
+        value = sp.filter_loss(F_real, F_syn) if loss == "filter" else \
+            sp.signal_loss(F_real @ mean[:, None].to(psi.dtype), F_syn @ phi[:, None])
+        grads.append(torch.autograd.grad(value, leaf)[0].double().flatten())
+    assert F.cosine_similarity(*grads, dim=0) > 0.99
+
+
 def test_autocast_does_not_reach_the_statistics():
     x = torch.randn(20, 16, 8, 8).relu().to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
     exact_psi, exact_phi = sp.covariance(x.double())
