@@ -252,16 +252,19 @@ class _SpectralFilter(torch.autograd.Function):
                 value = ctx.f(x)
                 return torch.autograd.grad(value.sum(), x)[0] if value.requires_grad else torch.zeros_like(x)
 
-        # Gamma_ij is the mean of f' between the two eigenvalues: by Simpson's rule when they are close, as a
-        # difference of f when they are not. Whichever has the smaller error: the rule's last correction, or rounding
-        # over the gap.
+        # Gamma_ij is the mean of f' between the two eigenvalues: a difference of f, or by Simpson's rule where they are
+        # so close that the rule's last correction is below the difference's rounding. Both must then agree within that
+        # rounding: f' can look alike at both ends and the middle and hide a narrow band or a step between them.
         ends, value = slope(lam), ctx.f(lam)
         trapezoid = (ends.unsqueeze(-1) + ends.unsqueeze(-2)) / 2
         middle = ((a + b) / 2).flatten(-2)                 # [..., C * C]: f may hold one number a layer, [L, 1]
         correction = 2 / 3 * (slope(middle).view_as(trapezoid) - trapezoid)
-        rounding = torch.finfo(lam.dtype).eps * (value.unsqueeze(-1).abs() + value.unsqueeze(-2).abs()) / (a - b).abs()
-        close = (a == b) | (correction.abs() <= rounding)
-        difference = (value.unsqueeze(-1) - value.unsqueeze(-2)) / torch.where(close, 1, a - b)
+        gap = torch.where(a == b, 1, a - b)
+        difference = (value.unsqueeze(-1) - value.unsqueeze(-2)) / gap
+        unsure = value.abs() + (lam * ends).abs()          # f's own rounding, and that of its argument
+        rounding = torch.finfo(lam.dtype).eps * (unsure.unsqueeze(-1) + unsure.unsqueeze(-2)) / gap.abs()
+        agree = (trapezoid + correction - difference).abs() <= 4 * rounding
+        close = (a == b) | (agree & (correction.abs() <= rounding))
         gamma = torch.where(close, trapezoid + correction, difference)
         return U @ (gamma * (U.mT @ G @ U)) @ U.mT, None
 

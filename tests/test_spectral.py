@@ -241,6 +241,29 @@ def test_nearly_repeated_eigenvalues():
         assert relative(*grads) < 1e-6
 
 
+NARROW = {"gaussian": (lambda lam: torch.exp(-((lam - 0.5) / 0.02) ** 2 / 2), 0.5),
+          "narrow gaussian": (lambda lam: torch.exp(-((lam - 0.5) / 0.002) ** 2 / 2), 0.5),
+          "sigmoid": (lambda lam: torch.sigmoid(1000 * (lam - 0.6)), 0.6), "step": (lambda lam: (lam > 0.6).to(lam.dtype), 0.6)}
+
+
+@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-9)])
+def test_filters_narrower_than_the_gaps(name, dtype, tolerance):
+    """f' is nil at two eigenvalues and between them, and f differs all the same: Gamma against its definition, for
+    eigenvalues far apart, close to the band, and equal."""
+    f, centre = NARROW[name]
+    near = centre + torch.tensor([-0.1, -0.011, -1e-3, -1e-5, 1e-5, 1e-3, 0.012, 0.1, 0.1], **f64)
+    lam = torch.cat([torch.rand(12, **f64), near]).to(dtype).double()
+    gap = lam[:, None] - lam
+    leaf = lam.clone().requires_grad_()
+    slope = torch.autograd.grad(f(leaf).sum() + 0 * leaf.sum(), leaf)[0]
+    exact = torch.where(gap == 0, slope[:, None].expand_as(gap), (f(lam)[:, None] - f(lam)) / torch.where(gap == 0, 1, gap))
+    G = torch.randn(len(lam), len(lam), **f64)
+    psi = torch.diag(lam).to(dtype).requires_grad_()
+    sp.spectral_filter(psi, f).backward((G + G.T).to(dtype))
+    assert relative(psi.grad.double(), exact * (G + G.T)) < tolerance
+
+
 def test_ridge_by_cholesky_equals_eigh_in_float32():
     x = torch.randn(400, 128).relu()
     psi = sp.ffc(x, "plain")
