@@ -41,7 +41,7 @@ def dc(s, eta):
 
 
 def covm(s, eta):
-    """DM with covariance matching on top: DC's pairs."""
+    """DM with covariance matching on top: DC's pairs, of the centred FFC."""
     return dm(s, eta) + [("I", low_pass(), low_pass())]
 
 
@@ -57,8 +57,9 @@ def frepo(s, eta):
     return [("x", ridge(s["beta"]), ridge(s["beta"]))]
 
 
-METHODS = {"dm": (dm, "class"), "sre2l": (sre2l, "mean"), "dc": (dc, "class"), "covm": (covm, "class"),
-           "mtt": (mtt, "class"), "frepo": (frepo, "class")}
+# What FFC and FLC are: DC, MTT and FrePo are derived for a linear head without bias, so theirs is H^T H / n, uncentred.
+METHODS = {"dm": (dm, "class", False), "sre2l": (sre2l, "mean", False), "dc": (dc, "class", True),
+           "covm": (covm, "class", False), "mtt": (mtt, "class", True), "frepo": (frepo, "class", True)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ def step_size(s, psi):
 
 def pairs_for(s):
     """settings -> pairs_of(k, psi) as recover.distil wants it; the same in every round: there is no curriculum."""
-    method = METHODS[s["method"]][0]
+    method, _, _ = METHODS[s["method"]]
     return lambda k, psi: method(s, step_size(s, psi) if s["method"] == "mtt" else None)
 
 
@@ -102,7 +103,7 @@ def parse(argv):
         if getattr(args, flag) is not None and args.method != owner:
             raise BadInput(f"--{flag} is for --method {owner}, found {args.method}: leave it out")
         setattr(args, flag, getattr(args, flag) or default)
-    args.signal = METHODS[args.method][1]
+    _, args.signal, args.uncentred = METHODS[args.method]
     return args
 
 

@@ -31,12 +31,12 @@ import squeeze
 from squeeze import BadInput, number
 
 PRESETS = {                                                # paper, Tables 9-12; toy is ours
-    "toy": dict(alpha_max=0.1, iterations=100, lr=0.1, batch=10, gamma=0.1, init="real"),
-    "cifar10": dict(alpha_max=0.1, iterations=1000, lr=0.25, batch=10, gamma=0.1, init="real"),
-    "cifar100": dict(alpha_max=0.1, iterations=1000, lr=0.25, batch=100, gamma=0.1, init="real"),
-    "tiny": dict(alpha_max=1.0, iterations=1000, lr=0.1, batch=200, gamma=0.1, init="real"),
-    "imagenet": dict(alpha_max=0.1, iterations=1000, lr=0.1, batch=500, gamma=0.1, init="real"),
-    "folder": dict(alpha_max=0.1, iterations=1000, lr=0.1, batch=200, gamma=0.1, init="real"),
+    "toy": dict(alpha_max=0.1, iterations=100, lr=0.1, batch=10, gamma=0.1, init="real", emu="paper"),
+    "cifar10": dict(alpha_max=0.1, iterations=1000, lr=0.25, batch=10, gamma=0.1, init="real", emu="paper"),
+    "cifar100": dict(alpha_max=0.1, iterations=1000, lr=0.25, batch=100, gamma=0.1, init="real", emu="paper"),
+    "tiny": dict(alpha_max=1.0, iterations=1000, lr=0.1, batch=200, gamma=0.1, init="real", emu="paper"),
+    "imagenet": dict(alpha_max=0.1, iterations=1000, lr=0.1, batch=500, gamma=0.1, init="real", emu="paper"),
+    "folder": dict(alpha_max=0.1, iterations=1000, lr=0.1, batch=200, gamma=0.1, init="real", emu="paper"),
 }
 # What did better where it was measured (README, "What the iterations buy"): a better start, steps that keep it, and a
 # matching loss that outweighs cross-entropy.
@@ -47,10 +47,10 @@ OURS = {name: dict(init="confident", iterations=100, lr=0.02, gamma=10.0) for na
 # The objective: pairs (g, f_real, f_syn) of Theorem 1, layer by layer
 
 def cfm_pairs(k, s):
-    """The pairs of CFM in round k (Eq. 18-20), or of its ablations --filter high and low."""
+    """The pairs of CFM in round k (Eq. 18-20), or of its ablations --filter high and low, --loss filter and signal."""
     alpha = alpha_of_round(k, s)
     f = spectral.low_pass() if alpha is None else spectral.ridge(alpha)
-    return [("I", f, f), ("x", f, f)]
+    return [(g, f, f) for g, loss in (("I", "filter"), ("x", "signal")) if s["loss"] in (loss, "both")]
 
 
 def alpha_of_round(k, s):
@@ -98,54 +98,60 @@ def match(pairs, targets, layers, classes, s):
 
 
 def layer_statistics(network, layers, head, s, Y):
-    """A collect_inputs context: after each forward pass, {name: (psi [C, C], phi [C, 1] or [C, K'])} of the batch.
-    Y [B, K']: the labels that class-wise signals want."""
+    """A collect_inputs context: after each forward pass, {name: (psi [C, C], mean [C], phi)} of the batch. phi: None, or
+    for class-wise signals [C, K'] of the labels Y [B, K']."""
     layout = "plain" if layers == "last" else "map"
 
     def reduce(features):
-        psi, mean = spectral.covariance(features, layout)
-        return psi, mean[:, None] if s["signal"] == "mean" else spectral.flc(features, Y, layout)
+        return *spectral.covariance(features, layout), spectral.flc(features, Y, layout) if s["signal"] == "class" else None
     select = (lambda name, module: name == head) if layers == "last" else spectral.is_main_convolution
     return spectral.collect_inputs(network, select, reduce)
 
 
+def objective(layers, s):
+    """{name: (psi, mean, phi)} -> {name: (FFC, FLC)} as the pairs want them: H^T H / n for methods that are derived for
+    a linear head; the mean [C, 1] as FLC where none is class-wise."""
+    return {name: (spectral.second_moment(psi, mean) if s.get("uncentred") else psi, mean[:, None] if phi is None else phi)
+            for name, (psi, mean, phi) in layers.items()}
+
+
 def real_layers(statistics, layers, s, device):
-    """{name: (psi, phi)} of the real set. Class-wise: column k is the class's mean over K, whatever the class sizes."""
+    """{name: (FFC, FLC)} of the real set. Class-wise: column k is the class's mean over K, whatever the class sizes."""
     counts = statistics["class_counts"]
     weight = counts.sum() / (counts * len(counts))
     names = [statistics["head"]] if layers == "last" else [name for name in statistics["layers"]
                                                            if name != statistics["head"]]
-    chosen = [(name, statistics["layers"][name]) for name in names]
-    return {name: (layer["ffc"].to(device), (layer["mean"][:, None] if s["signal"] == "mean" else
-                                             layer["flc"] * weight).to(device)) for name, layer in chosen}
+    chosen = {name: statistics["layers"][name] for name in names}
+    return objective({name: (layer["ffc"].to(device), layer["mean"].to(device), (layer["flc"] * weight).to(device)
+                             if s["signal"] == "class" else None) for name, layer in chosen.items()}, s)
 
 
 def join(memory, current, k, classes, s):
-    """Eq. 17 for every layer: `current` joined to the finished batches in memory = {"b", "psi", "phi"}.
+    """{name: (psi, mean, phi)} of the finished batches, in memory, and the current one together.
 
-    The class-wise signal of a class moves only in batches that hold the class, so it counts rounds, not batches.
+    --emu pool: as if all their feature vectors were one set. paper: Eq. 17, the mean over batches, except for H^T H,
+    whose mean is pooling. The class-wise signal of a class moves only in batches that hold it, so it counts rounds.
     """
-    if s["no_emu"]:
-        return current
-    b, joined = memory["b"] + 1, {}
-    for name, (psi, phi) in current.items():
-        psi_old, phi_old = memory["psi"].get(name), memory["phi"].get(name)
-        if s["signal"] == "class" and phi_old is not None:
-            phi_old = phi_old[:, classes]
-        joined[name] = (spectral.emu(psi_old, psi, b),
-                        spectral.emu(phi_old, phi, k + 1 if s["signal"] == "class" else b))
+    if s["emu"] == "off" or not memory["b"]:
+        return dict(current)
+    b, share, joined = memory["b"] + 1, len(classes) / (memory["rows"] + len(classes)), {}
+    for name, (psi, mean, phi) in current.items():
+        psi_old, mean_old, phi_old = memory["layers"][name]
+        if s["emu"] == "pool" or s.get("uncentred"):
+            psi, mean = spectral.pool(psi_old, mean_old, psi, mean, share)
+        else:
+            psi, mean = spectral.emu(psi_old, psi, b), spectral.emu(mean_old, mean, b)
+        joined[name] = psi, mean, None if phi is None else spectral.emu(phi_old[:, classes], phi, k + 1)
     return joined
 
 
-def remember(memory, joined, classes, s, K):
+def remember(memory, joined, classes, K):
     """Put the joined statistics into the memory; the caller counts the batch."""
-    for name, (psi, phi) in joined.items():
-        memory["psi"][name] = psi
-        if s["signal"] == "class":
-            whole = memory["phi"].setdefault(name, psi.new_zeros(len(psi), K))
-            whole[:, classes] = phi
-        else:
-            memory["phi"][name] = phi
+    for name, (psi, mean, phi) in joined.items():
+        if phi is not None:
+            whole = memory["layers"][name][2] if name in memory["layers"] else psi.new_zeros(len(psi), K)
+            whole[:, classes], phi = phi, whole
+        memory["layers"][name] = psi, mean, phi
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,7 +179,7 @@ def optimise(images, labels, network, matching_loss, s, teacher, rng, report):
     optimizer = torch.optim.Adam([images], s["lr"], betas=(0.5, 0.9))
     for t in range(T):
         optimizer.param_groups[0]["lr"] = s["lr"] * (1 + math.cos(math.pi * t / T)) / 2
-        with squeeze.autocast(images.device):
+        with squeeze.autocast(network):
             logits = network(view(images, t))
         entropy, matching = F.cross_entropy(logits.float(), labels), matching_loss()
         images.grad, = torch.autograd.grad(entropy + s["gamma"] * matching, images)
@@ -186,20 +192,20 @@ def optimise(images, labels, network, matching_loss, s, teacher, rng, report):
 
 
 @torch.no_grad()
-def view_statistics(images, network, current, teacher, rng, views):
-    """What EMU remembers of a finished batch: {layer: (psi, phi)}, the mean over random views of the images as saved.
+def view_statistics(images, network, current, teacher, rng, views, s):
+    """What EMU remembers of a finished batch: {layer: (psi, mean, phi)} over random views of the images as saved.
 
     Views, since the next batches are seen through views: a crop blown up to full size has less high frequency than a
     whole image, and a memory of whole images would make late batches answer for the difference, b-fold.
     """
-    images, total = squeeze.normalise(images, teacher["mean"], teacher["std"]), {}
+    images, seen = squeeze.normalise(images, teacher["mean"], teacher["std"]), dict(b=0, rows=0, layers={})
     view = random_views(rng, views, len(images), images.shape[-1], images.device)
     for t in range(views):
-        with squeeze.autocast(images.device):
+        with squeeze.autocast(network):
             network(view(images, t))
-        for name, parts in current.items():
-            total[name] = [old + new / views for old, new in zip(total.get(name, (0, 0)), parts)]
-    return total
+        classes = torch.arange(len(images), device=images.device)
+        seen.update(b=t + 1, rows=(t + 1) * len(images), layers=join(seen, current, t, classes, s))
+    return seen["layers"]
 
 
 def to_uint8(images, teacher):
@@ -222,13 +228,13 @@ def initial_images(data, index, k, classes, s, rng):
 def resumed(folder, chunks, K, pixels, device):
     """What a killed run left: batches done, their mean statistics (EMU) and the seconds they took."""
     if not (folder / "memory.pt").is_file():
-        return dict(b=0, psi={}, phi={}, seconds=0.0)
+        return dict(b=0, rows=0, layers={}, seconds=0.0)
     memory, raw = squeeze.load_state(folder / "memory.pt"), folder / "images.raw"
     if not raw.is_file() or raw.stat().st_size < memory["b"] // chunks * K * pixels:
         raise BadInput(f"{raw}: not the {memory['b']} batches that memory.pt counts: remove {folder} and start again")
     print(f"resuming after batch {memory['b']}")
-    for side in ("psi", "phi"):
-        memory[side] = {name: value.to(device) for name, value in memory[side].items()}
+    memory["layers"] = {name: tuple(part if part is None else part.to(device) for part in parts)
+                        for name, parts in memory["layers"].items()}
     return memory
 
 
@@ -268,16 +274,17 @@ def distil(folder, data, network, teacher, statistics, pairs_of, s, device):
             Y = F.one_hot(torch.arange(len(classes), device=device), len(classes)) * len(classes) / K
             with layer_statistics(network, layers, statistics["head"], s, Y) as current:
                 images = optimise(squeeze.normalise(images.to(device), teacher["mean"], teacher["std"]),
-                                  classes, network, lambda: match(pairs, targets, join(memory, current, k, classes, s),
-                                                                  classes, s), s, teacher, rng, report)
+                                  classes, network, lambda: match(
+                                      pairs, targets, objective(join(memory, current, k, classes, s), s), classes, s),
+                                  s, teacher, rng, report)
                 images = to_uint8(images, teacher)
-                if not s["no_emu"]:
-                    seen = view_statistics(images.to(device), network, current, teacher, rng, min(10, s["iterations"]))
-                    remember(memory, join(memory, seen, k, classes, s), classes, s, K)
+                if s["emu"] != "off":
+                    seen = view_statistics(images.to(device), network, current, teacher, rng, min(10, s["iterations"]), s)
+                    remember(memory, join(memory, seen, k, classes, s), classes, K)
         with open(folder / "images.raw", "r+b" if b else "wb") as file:
             file.seek(images[0].numel() * (k * K + int(here[0])))
             file.write(images.numpy().tobytes())
-        memory.update(b=b + 1, seconds=before + time.time() - start)
+        memory.update(b=b + 1, rows=memory["rows"] + len(here), seconds=before + time.time() - start)
         squeeze.save(folder / "memory.pt", memory)
     return memory["seconds"]
 
@@ -302,7 +309,7 @@ def finish(folder, config, teacher, s, seconds):
     images = torch.from_file(str(folder / "images.raw"), size=n * 3 * S * S, dtype=torch.uint8).view(n, 3, S, S)
     squeeze.save(folder / "images.pt", dict(
         images=images, labels=torch.arange(K).repeat(s["ipc"]), classes=teacher["classes"], mean=teacher["mean"],
-        std=teacher["std"], settings={key: s[key] for key in s if key != "data"}, inputs=config["inputs"]))
+        std=teacher["std"], precision=teacher["precision"], settings={key: s[key] for key in s if key != "data"}, inputs=config["inputs"]))
     shown = images.view(s["ipc"], K, 3, S, S)[:10, :20].transpose(0, 1)
     save_image(make_grid(shown.reshape(-1, 3, S, S).float() / 255, nrow=shown.shape[1], padding=1),
                folder / "preview.png")
@@ -316,7 +323,9 @@ def finish(folder, config, teacher, s, seconds):
 
 def add_flags(parser):
     """The flags that recover.py and baselines.py share."""
-    parser.add_argument("--dataset", default="toy", choices=list(PRESETS), help="default: toy")
+    parser.add_argument("--teacher", metavar="DIR", help="the squeeze run to use (default: the data set's and network's, "
+                        "made if absent)")
+    parser.add_argument("--dataset", choices=list(PRESETS), help="default: the teacher's, or toy")
     parser.add_argument("--data", metavar="DIR",
                         help="where the data set lies (default: where squeeze.py found it, or data)")
     parser.add_argument("--network", choices=squeeze.TEACHERS,
@@ -332,8 +341,8 @@ def add_flags(parser):
                         help="Adam's learning rate on pixels, cosine to zero")
     parser.add_argument("--batch", type=number(int, 1), help="classes a batch, one image of each")
     parser.add_argument("--gamma", type=number(float, 0), help="weight of the matching losses (0.1; CIFAR: 10)")
-    parser.add_argument("--no-emu", action="store_true",
-                        help="match each batch alone (the authors' code does so unless asked)")
+    parser.add_argument("--emu", choices=["pool", "paper", "off"], help="memory of finished batches: their features as "
+                        "one set (default), Eq. 17 (--preset paper), or none (the authors' code unless asked)")
     parser.add_argument("--seed", type=number(int, 0), default=0)
     parser.add_argument("--resume", action="store_true", help="continue what is in the run folder")
 
@@ -346,6 +355,7 @@ def parse(argv):
                         help="of alpha over rounds")
     parser.add_argument("--filter", choices=["cfm", "high", "low"], default="cfm",
                         help="cfm: 1/(lambda + alpha_k); high: the same with alpha_max / 100 throughout; low: lambda")
+    parser.add_argument("--loss", choices=["both", "filter", "signal"], default="both", help="which of Eq. 19's two")
     parser.add_argument("--signal", choices=["mean", "class"], default="mean",
                         help="FLC: mean [C], or class-wise [C, K]")
     args = parser.parse_args(argv)
@@ -360,34 +370,48 @@ def run_name(method, s, defaults):
     """The run's folder: method and IPC, then every setting that is not the default, so that no two runs share one."""
     if s["iterations"] == 0 and s["init"] != "noise":
         return f"{s['init']}-ipc{s['ipc']}"
-    hidden = ("dataset", "data", "network", "ipc", "filter", "method", "resume")
-    extra = [key.replace("_", "-") + ("" if s[key] is True else str(s[key])) for key in s
-             if key not in hidden and s[key] != defaults[key]]
-    return "-".join([method, f"ipc{s['ipc']}", *extra])
+    hidden = ("dataset", "data", "network", "teacher", "precision", "ipc", "filter", "method", "uncentred")
+    return "-".join([method, f"ipc{s['ipc']}", *squeeze.changed(s, defaults, hidden)])
 
 
 def preset_of(args):
     """What flags left out take: the paper's settings, or ours where we have some. Zero iterations are the random-real
     baseline under both."""
-    ours = OURS.get(args.dataset, {}) if args.preset == "ours" and args.iterations != 0 else {}
+    ours = {"emu": "pool", **OURS.get(args.dataset, {})} if args.preset == "ours" and args.iterations != 0 else {}
     return {**PRESETS[args.dataset], "network": squeeze.PRESETS[args.dataset]["network"], **ours}
+
+
+def choose_teacher(args):
+    """The folder of the squeeze run to use and the flags that make it; what --teacher implies is filled into args."""
+    if args.teacher:
+        made = squeeze.read_config(args.teacher, "squeeze", True)["settings"]
+        for flag in ("dataset", "network"):
+            if getattr(args, flag) not in (None, made[flag]):
+                raise BadInput(f"--{flag} {getattr(args, flag)}: --teacher {args.teacher} is of {made[flag]}: leave one out")
+            setattr(args, flag, made[flag])
+        return Path(args.teacher), []
+    args.dataset = args.dataset or "toy"
+    flags = ["--dataset", args.dataset, "--network", args.network or squeeze.PRESETS[args.dataset]["network"],
+             "--data", args.data or "data"]
+    return squeeze.teacher_folder(squeeze.settings(flags)), flags
 
 
 def run(args, method, defaults, pairs_for):
     """The stage after its flags, for recover.py and baselines.py. pairs_for(settings) -> distil's pairs_of."""
+    parent, flags = choose_teacher(args)
     preset = preset_of(args)
     s, device = squeeze.resolve(args, preset), squeeze.pick_device()
-    parent = Path("runs") / f"{s['dataset']}-{s['network']}"
+    squeeze.show(s)
     made = squeeze.read_config(parent, "squeeze", args.resume)["settings"] if parent.is_dir() else {}
     s["data"] = s["data"] or made.get("data", "data")
-    data = squeeze.load_data(s["dataset"], s["data"], made.get("size"), made.get("classes", 10))
+    data = squeeze.load_data(s["dataset"], s["data"], *(made.get(key) for key in ("size", "classes", "validate")))
     if s["init"] != "noise":
         starting_images(data, s["ipc"])
     K, N = len(data.classes), s["ipc"] * len(data.classes)
     batches = s["ipc"] * math.ceil(K / s["batch"])
     print(f"plan: {s['ipc']} rounds of {K} images, {batches} batches of {s['iterations']} iterations on {device}; "
           f"images {3e-6 * N * data.size**2:.1f} MB, soft labels {2e-6 * N * K:.2f} MB an epoch", flush=True)
-    squeeze.ensure(parent, s, args.resume)
+    squeeze.ensure(parent, flags, args.resume)
     network, teacher, parent_config = squeeze.load_teacher(parent, device)
     statistics = squeeze.load(parent, "statistics.pt", parent_config)
     squeeze.check_data(data, teacher, parent_config)
@@ -397,7 +421,7 @@ def run(args, method, defaults, pairs_for):
         pairs_of(0, psi)                                   # refuses an unstable rate, by the largest eigenvalue first
     inputs = {"data": data.sha256, **parent_config["artefacts"]}
     folder = parent / run_name(method, s, {**defaults, **preset})
-    s["data"] = str(Path(s["data"]).resolve())
+    s.update(data=str(Path(s["data"]).resolve()), precision=teacher["precision"])
     config = squeeze.open_run(folder, "recover", s, inputs, args.resume)
     if not config["artefacts"]:
         seconds = distil(folder, data, network, teacher, statistics, pairs_of, s, device)

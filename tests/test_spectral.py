@@ -303,6 +303,16 @@ def test_emu_is_the_mean_of_the_batches():
     assert torch.allclose(same, batches[0], atol=1e-14)
 
 
+def test_pool_is_the_statistics_of_all_rows():
+    a, b = torch.randn(5, 4, **f64) + 3, torch.randn(9, 4, **f64) * 2
+    psi, mean = sp.pool(*sp.covariance(a, "plain"), *sp.covariance(b, "plain"), 9 / 14)
+    assert torch.allclose(psi, sp.ffc(torch.cat([a, b]), "plain")) and torch.allclose(mean, torch.cat([a, b]).mean(0))
+    both = torch.cat([a, b])
+    assert torch.allclose(sp.second_moment(psi, mean), both.T @ both / 14)
+    assert torch.autograd.gradcheck(lambda x: sp.pool(*sp.covariance(a, "plain"), *sp.covariance(x, "plain"), 0.6),
+                                    b.requires_grad_())
+
+
 def test_only_the_current_batch_carries_gradient():
     old, new = torch.ones(2, 2, requires_grad=True), torch.ones(2, 2, requires_grad=True)
     sp.emu(old, new, 4).sum().backward()
