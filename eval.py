@@ -47,13 +47,13 @@ def student_loss(logits, target, s):
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
-def answers(run, content, images, parent, label_settings, s, device):
+def answers(run, content, images, label_settings, s, device):
     """answer(epoch, views) -> what the students are to say to an epoch's views, [N, K]: the stored logits; with
     --online the teacher's, asked now (rounded as if stored); with --hard one-hot labels, mixed by area."""
     K, size = len(content["classes"]), images.shape[-1]
     hot = F.one_hot(content["labels"], K).float().to(device)
     if s["online"]:
-        network, teacher, _ = squeeze.load_teacher(parent, device)
+        network, teacher, _ = squeeze.load_teacher(s["teacher"] or Path(run).resolve().parent, device)
 
     def answer(epoch, views):
         if s["hard"]:
@@ -62,18 +62,22 @@ def answers(run, content, images, parent, label_settings, s, device):
         if s["online"]:
             asked = relabel.soft_labels(network, teacher, images, views, 500)
             return torch.cat([part.half().float() for part in asked])
-        return relabel.read_epoch(Path(run) / "labels", label_settings, epoch, K).to(device)
+        return relabel.read_epoch(relabel.label_folder(run, s["teacher"]), label_settings, epoch, K).to(device)
     return answer
 
 
 def train_student(content, images, answer, label_settings, s, identity, seed, checkpoint):
     """One student, from scratch or from its checkpoint: (student, averaged student, seconds).
 
-    images: uint8, on the device. identity: what a checkpoint must have been made with to be continued."""
+    images: uint8, on the device. identity: what a checkpoint must have been made with to be continued. The average's
+    decay after n steps is min(ema, (1 + n) / (10 + n)), so that nothing of the random start is left in it."""
     device, K, N, size = images.device, len(content["classes"]), len(images), images.shape[-1]
     torch.manual_seed(seed)
-    student = squeeze.build_network(s["network"], K, size).to(device)
-    average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(s["ema"]), use_buffers=True)
+    student, step = squeeze.build_network(s["network"], K, size, content["precision"]).to(device), 0
+
+    def update(averages, weights, count):                  # count is on the device: reading it would wait
+        get_ema_multi_avg_fn(min(s["ema"], (1 + step) / (10 + step)))(averages, weights, count)
+    average = AveragedModel(student, multi_avg_fn=update, use_buffers=True)
     optimizer = torch.optim.AdamW(student.parameters(), s["lr"], weight_decay=s["wd"])
     steps, first, before = math.ceil(N / s["batch"]), 0, 0.0
     if checkpoint.is_file():
@@ -90,11 +94,11 @@ def train_student(content, images, answer, label_settings, s, identity, seed, ch
         wanted = answer(stored, views)
         order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(N)).to(device)
         student.train()
-        for i, index in enumerate(order.split(s["batch"])):
+        for step, index in enumerate(order.split(s["batch"]), epoch * steps):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate((epoch * steps + i) / (s["epochs"] * steps), s)
+                group["lr"] = learning_rate(step / (s["epochs"] * steps), s)
             view = squeeze.normalise(relabel.render(images, views, index), content["mean"], content["std"])
-            with squeeze.autocast(device):
+            with squeeze.autocast(student):
                 logits = student(view)
             loss = student_loss(logits.float(), wanted[index], s)
             optimizer.zero_grad(set_to_none=True)
@@ -114,25 +118,23 @@ def train_student(content, images, answer, label_settings, s, identity, seed, ch
     return student, average.module, before + time.time() - start
 
 
-RECIPE = ("epochs", "lr", "wd", "batch", "temperature", "schedule", "ema", "hard", "online")
-
-
-def recipe_name(s, defaults):
-    """The key of a recipe in result.json: the network, then every setting that is not the default."""
-    extra = [key + ("" if s[key] is True else str(s[key])) for key in RECIPE if s[key] != defaults[key]]
-    return "-".join([s["network"], *extra])
+RECIPE = ("teacher", "validate", "epochs", "lr", "wd", "batch", "temperature", "schedule", "ema", "hard", "online")
 
 
 def label_source(run, config, args):
     """Settings, hash and bytes of the labels a run's students learn from: RUN/labels, checked, or with --online and
     --hard, which need none stored, the preset's."""
-    folder, preset = Path(run) / "labels", relabel.PRESETS[config["settings"]["dataset"]]
+    folder, preset = relabel.label_folder(run, args.teacher), relabel.PRESETS[config["settings"]["dataset"]]
+    _, teacher = relabel.labeller(run, config, args.teacher)
     if args.online or args.hard:
         epochs = args.epochs or preset["epochs"]
-        return {**preset, "epochs": epochs, "keep_epochs": epochs, "seed": 0}, "", 0
+        return ({**preset, "epochs": epochs, "keep_epochs": epochs, "seed": 0},
+                teacher["artefacts"]["teacher.pt"] if args.online else "", 0)
     labels = squeeze.read_config(folder, "relabel")
     if labels["inputs"]["images.pt"] != config["artefacts"]["images.pt"]:
         raise BadInput(f"{folder}: made for other images: remove the folder and relabel again")
+    if labels["inputs"]["teacher.pt"] != teacher["artefacts"]["teacher.pt"]:
+        raise BadInput(f"{folder}: made by another teacher of that name: remove the folder and relabel again")
     if (args.epochs or 0) > labels["settings"]["epochs"]:
         raise BadInput(f"--epochs {args.epochs}: {folder} holds {labels['settings']['epochs']}: relabel with more")
     for name in labels["artefacts"]:
@@ -141,10 +143,15 @@ def label_source(run, config, args):
 
 
 def test_set(run, args, device):
-    """The data set of a run, checked to be the teacher's, its test split in memory if it is small."""
-    content, config, _ = relabel.load_run(run)
-    s = config["settings"]
-    data = squeeze.load_data(s["dataset"], args.data or s["data"], content["images"].shape[-1], len(content["classes"]))
+    """The data set of a run, checked to be the teacher's, its test split in memory if it is small. --validate: held-out
+    training images, which the teacher must not have seen."""
+    content, config, parent = relabel.load_run(run)
+    s, validate = config["settings"], squeeze.read_config(parent, "squeeze")["settings"]["validate"]
+    if args.validate != validate:
+        raise BadInput(f"--validate: the teacher of {run} was trained with{'' if validate else 'out'} it: "
+                       f"{'add it' if validate else 'leave it out, or squeeze.py --validate'}")
+    data = squeeze.load_data(s["dataset"], args.data or s["data"], content["images"].shape[-1], len(content["classes"]),
+                             validate)
     squeeze.check_data(data, content, config)
     return data._replace(test=squeeze.in_memory(data, data.test, device))
 
@@ -152,21 +159,22 @@ def test_set(run, args, device):
 def evaluate(run, network, data, source, args, device):
     """All seeds of one student network on one run; result.json after each seed. source: label_source's. Returns the
     row of the table."""
-    content, config, parent = relabel.load_run(run)
+    content, config, _ = relabel.load_run(run)
     dataset, folder, images = config["settings"]["dataset"], Path(run), content["images"].to(device)
     label_settings, label_hash, label_bytes = source
     defaults = {**vars(parse([run])), "epochs": relabel.PRESETS[dataset]["epochs"],
                 "batch": min(BATCH[dataset](len(images)), len(images))}
     s = {key: defaults[key] if value is None else value for key, value in vars(args).items()}
     s.update(network=network, batch=min(s["batch"], len(images)), epochs=args.epochs or label_settings["epochs"])
-    path, name = folder / "result.json", recipe_name(s, defaults)
-    identity = {"settings": {key: s[key] for key in ("network", *RECIPE)}, "views": label_settings,
+    recipe = {key: s[key] for key in RECIPE}
+    path, name = folder / "result.json", "-".join([network, *squeeze.changed(recipe, defaults)])
+    identity = {"settings": {"network": network, **recipe, "precision": content["precision"]}, "views": label_settings,
                 "labels": label_hash, "images": config["artefacts"]["images.pt"]}
     result = squeeze.read_json(path)
     row = result.setdefault(name, {**identity, "seeds": {}})
     if any(row.get(key) != identity[key] for key in identity):
         raise BadInput(f"{path}: {name} there is of other labels, images or settings: remove it to evaluate anew")
-    answer = answers(run, content, images, parent, label_settings, s, device)
+    answer = answers(run, content, images, label_settings, s, device)
     print(f"settings: run={run} network={network} " + " ".join(f"{key}={s[key]}" for key in ("seeds", *RECIPE)))
     for seed in range(s["seeds"]):
         if str(seed) not in row["seeds"]:
@@ -269,10 +277,11 @@ def svg(path, curves, title, x_label, y_label):
     path.write_text("\n".join(out) + "\n</svg>\n")
 
 
-def responses(s, psi):
-    """{label: f(lambda)} of a recover or baselines run over the real spectrum of psi [C, C]; empty for real images."""
+def responses(s, layer):
+    """{label: f(lambda)} of a recover or baselines run over the real spectrum of a layer; empty for real images."""
     if s["iterations"] == 0:
         return {}
+    psi = spectral.second_moment(layer["ffc"], layer["mean"]) if s.get("uncentred") else layer["ffc"]
     lam = torch.linalg.eigvalsh(psi).clamp(min=0)
     if "method" in s:
         pairs = {"": baselines.pairs_for(s)(0, psi[None])}
@@ -302,7 +311,7 @@ def report(runs, device):
                           psd=power.tolist(), seconds=run_config["results"].get("seconds"))
         curves[name] = radius.tolist(), power.tolist()
         if "iterations" in run_config["settings"]:
-            found = responses(run_config["settings"], statistics["layers"][layer]["ffc"])
+            found = responses(run_config["settings"], statistics["layers"][layer])
             filters.update({f"{name}{label}": curve for label, curve in found.items()})
         by_round = images.view(ipc, K, *images.shape[1:]) if len(images) == ipc * K else images[None, :K]
         tiles += [by_round[k, c % K] for k in (0, len(by_round) - 1) for c in range(10)]
@@ -340,7 +349,11 @@ def parse(argv):
     parser.add_argument("--schedule", choices=["stretched", "cosine"], default="stretched",
                         help="stretched: a cosine that ends at half the rate, as the authors' code; cosine: at zero")
     parser.add_argument("--ema", type=number(float, 0), default=0.99,
-                        help="averaging of the student, a step (default 0.99)")
+                        help="averaging of the student, a step (default 0.99, less in the first steps)")
+    parser.add_argument("--teacher", metavar="DIR", help="the squeeze run whose labels students learn from (default: the "
+                        "one whose spectra were matched)")
+    parser.add_argument("--validate", action="store_true", help="test on held-out training images, to choose settings; "
+                        "for runs of a teacher of squeeze.py --validate")
     parser.add_argument("--hard", action="store_true", help="hard labels instead of the teacher's, on the same views")
     parser.add_argument("--online", action="store_true", help="ask the teacher at every epoch and store no labels")
     parser.add_argument("--data", metavar="DIR", help="where the test set lies (default: where recover.py found it)")
@@ -354,6 +367,8 @@ def parse(argv):
         raise BadInput(f"--ema {args.ema} found, must be < 1")
     if args.export and len(args.runs) > 1:
         raise BadInput(f"--export takes one RUN, found {len(args.runs)}")
+    if args.hard and args.teacher:
+        raise BadInput("--teacher has no effect with --hard: leave one out")
     return args
 
 
@@ -365,26 +380,27 @@ def main(argv):
         return report(args.runs, device)
     stored = not (args.online or args.hard)
     for run in args.runs:                                  # all checks of all runs before any work
-        config, folder = relabel.load_run(run)[1], Path(run)
+        config, folder, labels = relabel.load_run(run)[1], Path(run), relabel.label_folder(run, args.teacher)
         jobs += [(run, network) for network in args.network or [config["settings"]["network"]]]
         if not args.resume and ((folder / "result.json").exists() or list(folder.glob("student-*.pt"))):
             raise BadInput(f"{run}: its result.json or student-*.pt is in use: add --resume to add to it, or remove it")
-        if not stored or ((folder / "labels").is_dir() and squeeze.read_config(
-                folder / "labels", "relabel", args.resume)["artefacts"]):
+        if not stored or (labels.is_dir() and squeeze.read_config(labels, "relabel", args.resume)["artefacts"]):
             sources[run] = label_source(run, config, args)
     sets = {run: test_set(run, args, device) for run in args.runs}
     for run in args.runs:
         if run not in sources:
-            relabel.ensure(run, args.epochs, args.resume)
+            relabel.ensure(run, args.teacher, args.epochs, args.resume)
             sources[run] = label_source(run, relabel.load_run(run)[1], args)
     for run, network in jobs:
         table.append((run, network, evaluate(run, network, sets[run], sources[run], args, device)))
-    print(f"\n{'run':44s} {'student':13s} {'averaged':>13s} {'raw':>13s} {'images':>10s} {'labels':>10s} {'time':>8s}")
+    print(f"\n{'run':44s} {'labels of':24s} {'student':13s} {'averaged':>13s} {'raw':>13s} {'images':>10s} {'labels':>10s} "
+          f"{'time':>8s}")
     for run, network, row in table:
-        print(f"{run:44s} {network:13s} {row['averaged']:6.2f} ± {row['averaged_std']:4.2f} {row['raw']:6.2f} ± "
+        whose = "none" if args.hard else Path(args.teacher or Path(run).resolve().parent).resolve().name
+        print(f"{run:44s} {whose:24s} {network:13s} {row['averaged']:6.2f} ± {row['averaged_std']:4.2f} {row['raw']:6.2f} ± "
               f"{row['raw_std']:4.2f} {row['image_bytes'] / 1e6:7.2f} MB {row['label_bytes'] / 1e6:7.2f} MB "
               f"{row['seconds']:6.0f} s")
-    print(f"top-1 test accuracy in %, last epoch, mean and deviation over {len(row['seeds'])} seeds; peak memory "
+    print(f"top-1 {'held-out' if args.validate else 'test'} accuracy in %, last epoch, mean and deviation over {len(row['seeds'])} seeds; peak memory "
           f"{squeeze.peak_memory(device):.0f} MB\nnext: the same with recover.py --iterations 0, the honest rival")
 
 

@@ -2,11 +2,12 @@
 
     python relabel.py runs/toy-convnet/cfm-ipc10                     seconds
     python relabel.py runs/cifar10-convnet/cfm-ipc10                 up to three minutes on one CPU core
+    python relabel.py runs/cifar10-convnet/cfm-ipc10 --teacher DIR   another teacher's labels, for eval.py --teacher DIR
     python relabel.py runs/cifar10-convnet --images DIR              another method's images, DIR/<class>/*
 
 A view (crop box, flip, CutMix partner and patch) is a pure function of (seed, epoch, image): eval.py rebuilds exactly
 the pixels that the teacher saw, whatever its batch size, order or device, so that nothing but the labels has to be
-stored. Writes RUN/labels/ with soft_labels.npy (float16 logits [E, N, K]), config.json and log.jsonl. Where full
+stored. Writes RUN/labels/ (labels-<teacher> for another one) with soft_labels.npy (float16 logits [E, N, K]), config.json and log.jsonl. Where full
 labels are too large (ImageNet at IPC 50: 28 GB for 0.75 GB of images), --keep-epochs stores fewer epochs and --top-k
 fewer logits.
 """
@@ -76,7 +77,7 @@ def render(images, views, index):
 def soft_labels(network, teacher, images, views, batch):
     """The teacher's logits for one epoch's views of all images, in order: yields float32 [B, K] on the device."""
     for index in torch.arange(len(images), device=images.device).split(batch):
-        with squeeze.autocast(images.device):
+        with squeeze.autocast(network):
             logits = network(squeeze.normalise(render(images, views, index), teacher["mean"], teacher["std"]))
         yield logits.float()
 
@@ -100,6 +101,21 @@ def compress(logits, k, temperature=20.0):
 def expand(values, classes, K):
     """What compress left, as logits [N, K]."""
     return values[:, -1:].repeat(1, K).scatter(1, classes.long(), values[:, :-1])
+
+
+def label_folder(run, teacher):
+    """Where a run's labels by `teacher` lie, a folder of squeeze.py; None: the teacher whose spectra were matched."""
+    own = teacher is None or Path(teacher).resolve() == Path(run).resolve().parent
+    return Path(run) / ("labels" if own else f"labels-{Path(teacher).resolve().name}")
+
+
+def labeller(run, config, teacher):
+    """(folder, config) of the teacher that labels, checked to know the run's data set, image by image."""
+    parent = Path(teacher or Path(run).resolve().parent)
+    found = squeeze.read_config(parent, "squeeze")
+    if found["inputs"]["data"] != config["inputs"]["data"]:
+        raise BadInput(f"--teacher {parent}: of other training images than those of {run}: name one of the same data set")
+    return parent, found
 
 
 def read_epoch(folder, s, epoch, K):
@@ -181,7 +197,7 @@ def import_images(parent, source, resume):
     inputs = {"data": config["inputs"]["data"], "images": digest, **config["artefacts"]}
     run = squeeze.open_run(folder, "recover", s, inputs, resume)
     if not run["artefacts"]:
-        content = {key: teacher[key] for key in ("classes", "mean", "std")}
+        content = {key: teacher[key] for key in ("classes", "mean", "std", "precision")}
         squeeze.save(folder / "images.pt", dict(images=images, labels=labels, **content, inputs=inputs,
                                                 settings={"images": source.name}))
         squeeze.finish_run(folder, run, ["images.pt"], image_bytes=images.numel())
@@ -193,6 +209,8 @@ def parse(argv):
     parser = squeeze.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", help="a folder made by recover.py (with --images: by squeeze.py)")
     parser.add_argument("--images", metavar="DIR", help="take these images, DIR/<class>/*, instead of a run's")
+    parser.add_argument("--teacher", metavar="DIR", help="the squeeze run whose labels they are (default: the one whose "
+                        "spectra were matched)")
     parser.add_argument("--epochs", type=number(int, 1), help="epochs of students to make labels for")
     parser.add_argument("--keep-epochs", type=number(int, 1), metavar="E",
                         help="store E epochs, students cycle through them")
@@ -211,6 +229,7 @@ def main(argv):
     preset = PRESETS[squeeze.read_config(args.run, "squeeze" if args.images else "recover")["settings"]["dataset"]]
     args.keep_epochs = args.keep_epochs or args.epochs or preset["epochs"]
     s = squeeze.resolve(args, preset)
+    squeeze.show(s)
     for flag, bad, most in (("scale", s["scale"] > 1, 1),
                             ("keep-epochs", s["keep_epochs"] > s["epochs"], f"--epochs {s['epochs']}")):
         if bad:
@@ -219,11 +238,12 @@ def main(argv):
          {key: value for key, value in s.items() if key not in ("run", "images")}, args.resume)
 
 
-def ensure(run, epochs, resume):
+def ensure(run, teacher, epochs, resume):
     """Make the labels of a run that has none, or the rest of unfinished ones if asked to resume."""
-    folder = Path(run) / "labels"
+    folder = label_folder(run, teacher)
     if not folder.is_dir():
-        flags = [str(run)] + (["--epochs", str(epochs)] if epochs else [])
+        given = (("--epochs", epochs), ("--teacher", teacher))
+        flags = [str(run), *(str(word) for pair in given if pair[1] for word in pair)]
         print(f"{run}: no labels yet, so first: python relabel.py {' '.join(flags)}", flush=True)
         main(flags)
     elif not (config := squeeze.read_config(folder, "relabel", resume))["artefacts"]:
@@ -234,11 +254,12 @@ def ensure(run, epochs, resume):
 def make(run, s, resume):
     """The stage after its flags: also what eval.py calls for missing or unfinished labels."""
     device = squeeze.pick_device()
-    content, run_config, parent = load_run(run)
+    content, run_config, _ = load_run(run)
     images, K = content["images"], len(content["classes"])
+    parent, teacher_config = labeller(run, run_config, s["teacher"])
     if (s["top_k"] or 1) > K:
         raise BadInput(f"--top-k {s['top_k']} found, must be at most the {K} classes")
-    E, N, k, folder = s["keep_epochs"], len(images), s["top_k"], Path(run) / "labels"
+    E, N, k, folder = s["keep_epochs"], len(images), s["top_k"], label_folder(run, s["teacher"])
     arrays = {"soft_labels.npy": ((E, N, k + 1 if k else K), np.float16)}
     if k:
         arrays["top_classes.npy"] = ((E, N, k), np.int16)
@@ -246,7 +267,8 @@ def make(run, s, resume):
     if not (folder / "log.jsonl").is_file() and size > (free := shutil.disk_usage(run).free):
         raise BadInput(f"--epochs {s['epochs']}: soft labels need {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
                        "use --keep-epochs or --top-k, or eval.py --online")
-    network, teacher, teacher_config = squeeze.load_teacher(parent, device)
+    network, teacher, _ = squeeze.load_teacher(parent, device)
+    s = {**s, "precision": teacher["precision"]}
     inputs = {"images.pt": run_config["artefacts"]["images.pt"],
               "teacher.pt": teacher_config["artefacts"]["teacher.pt"]}
     config = squeeze.open_run(folder, "relabel", s, inputs, resume)
@@ -256,7 +278,8 @@ def make(run, s, resume):
         write(folder, arrays, network, teacher, images.to(device), s)
         squeeze.finish_run(folder, config, list(arrays), label_bytes=size)
     print(f"labels: {folder / 'soft_labels.npy'}, {size / 1e6:.2f} MB, peak memory "
-          f"{squeeze.peak_memory(device):.0f} MB\nnext: python eval.py {run}")
+          f"{squeeze.peak_memory(device):.0f} MB\nnext: python eval.py {run}"
+          + (f" --teacher {s['teacher']}" if s["teacher"] else ""))
 
 
 if __name__ == "__main__":

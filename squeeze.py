@@ -4,8 +4,9 @@
     python squeeze.py --dataset cifar10 --network convnet --epochs 16 10 to 60 minutes on two CPU cores
     python squeeze.py --dataset tiny                                  the paper's settings for Tiny-ImageNet, one GPU
 
-Writes runs/<dataset>-<network>/ with teacher.pt, statistics.pt, config.json and log.jsonl; the other stages find it
-there. Being the first stage, this file also owns what all stages must agree on, in this order: errors and flags, data
+Writes runs/<dataset>-<network>/, with what is not the default in its name (...-epochs16), so that teachers live side by
+side: teacher.pt, statistics.pt, config.json, log.jsonl. The network's precision, float32 or bfloat16, is the teacher's
+property: all later stages take it from there. Being the first stage, this file also owns what all stages must agree on, in this order: errors and flags, data
 sets, networks, run folders. The training loop and the statistics pass are at the end.
 """
 import argparse
@@ -261,14 +262,29 @@ LOADERS = {"toy": load_toy,
            "tiny": load_tiny, "imagenet": load_folder, "folder": load_folder}
 
 
-def load_data(name, root, size=None, classes=10):
-    """Load a data set by name. root: the folder it lies in (--data). Raises BadInput for whatever is wrong with it."""
+def hold_out(train):
+    """(rest, held): the last 10 % of the training images of every class, by position, become the test split, so that
+    settings can be chosen without a look at the real one."""
+    held = torch.zeros(len(train.labels), dtype=torch.bool)
+    for c in train.labels.unique():
+        own = (train.labels == c).nonzero().flatten()
+        held[own[len(own) - math.ceil(len(own) / 10):]] = True
+    if torch.is_tensor(train.images):
+        return tuple(Split(train.images[part], train.labels[part]) for part in (~held, held))
+    return tuple(Split([train.images[i] for i in part.nonzero().flatten()], train.labels[part])
+                 for part in (~held, held))
+
+
+def load_data(name, root, size=None, classes=None, validate=None):
+    """Load a data set by name. root: the folder it lies in (--data); validate: see hold_out. Raises BadInput for
+    whatever is wrong with it."""
     if name in ("imagenet", "folder") and not Path(root).is_dir():
         raise BadInput(f"--data {root}: no such folder; {name} needs one with train/ and val/")
     if root != "data" and name != "toy" and not Path(root).is_dir():
         raise BadInput(f"--data {root}: no such folder; create it to have {name} downloaded there, or name another")
     size = size or PRESETS[name]["size"]
-    train, test, names = LOADERS[name](root, size, classes)
+    train, test, names = LOADERS[name](root, size, classes or 10)
+    train, test = hold_out(train) if validate else (train, test)
     digest = hashlib.sha256(train.labels.numpy().tobytes())
     if torch.is_tensor(train.images):
         digest.update(train.images.numpy().tobytes())
@@ -447,19 +463,26 @@ TEACHERS = ["convnet", "resnet18", "resnet50", "resnet101"]
 STUDENTS = TEACHERS + ["densenet121", "regnet_y_8gf", "convnext_tiny"]
 
 
-def build_network(name, classes, size):
-    """A network with random weights, channels last. classes: K."""
+def build_network(name, classes, size, precision="float32"):
+    """A network with random weights, channels last. classes: K. precision: what `autocast` runs it in."""
     network = convnet(classes, size) if name == "convnet" else getattr(torchvision.models, name)(num_classes=classes)
     if name != "convnet" and size <= 64:
         small_stem(network, name)
+    network.precision = precision
     return network.to(memory_format=torch.channels_last)
 
 
-def autocast(device):
-    """bfloat16 for the network on CUDA and on CPUs that multiply in it; statistics leave it again (spectral.py)."""
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()                          # torch of 2026; older ones: none
-    native = device.type == "cuda" or cpu.get("avx512_bf16", False)               # elsewhere it is emulated, slowly
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=native)
+def native_precision(device):
+    """bfloat16 on CUDA and on CPUs that multiply in it, where they say so (torch of 2026); elsewhere it is emulated,
+    slowly, so float32."""
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bfloat16" if device.type == "cuda" or cpu.get("avx512_bf16", False) else "float32"
+
+
+def autocast(network):
+    """The context of every forward pass: the network's precision. Statistics and losses leave it (spectral.py)."""
+    device = next(network.parameters()).device.type
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=network.precision == "bfloat16")
 
 
 @torch.no_grad()
@@ -468,7 +491,7 @@ def accuracy(network, data, mean, std, device, batch=500):
     network.eval()
     right = 0
     for images, labels in batches(data, data.test, batch):
-        with autocast(device):
+        with autocast(network):
             guess = network(normalise(images.to(device), mean, std)).argmax(1)
         right += (guess == labels.to(device)).sum()
     return 100 * right.item() / len(data.test.labels)
@@ -584,19 +607,26 @@ def finish_run(folder, config, artefacts, **results):
 
 
 def resolve(args, preset):
-    """Flags left out take the data set's preset; a flag given always wins. Prints and returns the resolved settings."""
-    settings = {key: preset.get(key) if value is None else value for key, value in vars(args).items()
-                if key != "resume"}
-    print("settings: " + " ".join(f"{key}={value}" for key, value in settings.items()))
-    return settings
+    """The resolved settings: flags left out take the data set's preset; a flag given always wins."""
+    return {key: preset.get(key) if value is None else value for key, value in vars(args).items() if key != "resume"}
+
+
+def show(s):
+    print("settings: " + " ".join(f"{key}={value}" for key, value in s.items()))
+
+
+def changed(s, defaults, hidden=()):
+    """["epochs16", "no-emu", ...]: every setting that is not the default. The names of folders and of rows are made of
+    these, so that no two runs share one."""
+    return [key.replace("_", "-") + ("" if value is True else Path(str(value)).name) for key, value in s.items()
+            if key not in hidden and value != defaults[key]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The stage
 
-def train(network, data, preset, s, folder, device):
+def train(network, data, mean, std, s, folder, device):
     """SGD with momentum; checkpoint.pt after each epoch, so a kill costs at most one. Returns the test accuracy."""
-    mean, std = preset["mean"], preset["std"]
     optimizer = torch.optim.SGD(network.parameters(), s["lr"], momentum=0.9, weight_decay=s["wd"])
     steps = math.ceil(len(data.train.labels) / s["batch"])
     rate = (lambda k: (1 + math.cos(math.pi * k / (s["epochs"] * steps))) / 2) if s["schedule"] == "cosine" else \
@@ -614,7 +644,7 @@ def train(network, data, preset, s, folder, device):
         rng, start, total = np.random.default_rng([s["seed"], epoch]), time.time(), torch.zeros((), device=device)
         network.train()
         for images, labels in training_batches(data, s["batch"], s["augment"], rng):
-            with autocast(device):
+            with autocast(network):
                 loss = F.cross_entropy(network(normalise(images.to(device), mean, std)), labels.to(device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -625,12 +655,20 @@ def train(network, data, preset, s, folder, device):
             raise BadInput(f"--lr {s['lr']}: training diverged in epoch {epoch + 1}: remove {folder} and lower it")
         score = accuracy(network, data, mean, std, device)
         seconds = time.time() - start
+        if epoch + 1 in (s["keep"] or ()):
+            save(folder / f"epoch{epoch + 1}of{s['epochs']}.pt", contents(network, data, mean, std, s))
         save(checkpoint, dict(network=network.state_dict(), optimizer=optimizer.state_dict(),
                               scheduler=scheduler.state_dict(), epoch=epoch + 1))
         log(folder, epoch=epoch + 1, loss=total.item() / steps, test=score, seconds=seconds)
         print(f"epoch {epoch + 1}/{s['epochs']}  loss {total.item() / steps:.3f}  test {score:.2f} %  {seconds:.0f} s  "
               f"{seconds * (s['epochs'] - epoch - 1) / 60:.1f} min left", flush=True)
     return accuracy(network, data, mean, std, device) if score is None else score
+
+
+def contents(network, data, mean, std, s):
+    """What teacher.pt holds: the weights and all that is needed to use them."""
+    return dict(network=s["network"], dataset=s["dataset"], classes=data.classes, size=s["size"], mean=mean, std=std,
+                precision=s["precision"], state_dict=network.state_dict())
 
 
 def head_name(network):
@@ -652,7 +690,7 @@ def gather_statistics(network, data, mean, std, device, batch):
             spectral.collect_inputs(network, is_head, collect("plain")) as plain:
         for images, index in batches(data, data.train, batch):
             labels = F.one_hot(index, len(data.classes)).to(device)
-            with autocast(device):
+            with autocast(network):
                 logits = network(normalise(images.to(device), mean, std)).double()     # float32 ties near log 1
             confidence.append(logits.log_softmax(1).gather(1, index[:, None].to(device))[:, 0])
             for name, seen in {**maps, **plain}.items():
@@ -686,9 +724,16 @@ def load_teacher(folder, device):
     """A finished squeeze run: (folded network, teacher.pt's dict, config)."""
     config = read_config(folder, "squeeze")
     teacher = load(folder, "teacher.pt", config)
-    network = build_network(teacher["network"], len(teacher["classes"]), teacher["size"])
-    network.load_state_dict(teacher.pop("state_dict"))
-    return fold(network.to(device)), teacher, config
+    if "precision" not in teacher:
+        raise BadInput(f"{folder}: made by an older version, which did not record its precision: squeeze again")
+    return fold(restore(teacher).to(device)), teacher, config
+
+
+def restore(teacher):
+    """The network that a teacher.pt holds."""
+    network = build_network(teacher["network"], len(teacher["classes"]), teacher["size"], teacher["precision"])
+    network.load_state_dict(teacher["state_dict"])
+    return network
 
 
 def check_data(data, teacher, config):
@@ -700,20 +745,26 @@ def check_data(data, teacher, config):
         raise BadInput("--data: other training images than the teacher's (their sha256 differs): squeeze again")
 
 
-def ensure(folder, s, resume):
-    """Squeeze a missing teacher with its data set's settings, or the rest of an unfinished one if asked to resume."""
+def teacher_folder(s):
+    """runs/<dataset>-<network>, then every setting of the teacher that is not the data set's default."""
+    hidden = ("dataset", "data", "network", "size", "classes", "pretrained", "schedule", "augment", "keep")
+    return Path("runs") / "-".join([s["dataset"], s["network"], *changed(s, settings(["--dataset", s["dataset"]]), hidden)])
+
+
+def ensure(folder, flags, resume):
+    """Squeeze a missing teacher with these flags, or the rest of an unfinished one if asked to resume."""
     if not folder.is_dir():
-        flags = ["--dataset", s["dataset"], "--network", s["network"], "--data", s["data"]]
         print(f"{folder}: no teacher yet, so first: python squeeze.py {' '.join(flags)}", flush=True)
         main(flags)
     elif not (config := read_config(folder, "squeeze", resume))["artefacts"]:
         print(f"{folder}: unfinished, so its squeeze goes on first", flush=True)
-        run(config["settings"], True)
+        run(config["settings"], True, folder)
 
 
 def given_weights(network, s, data):
-    """Load --teacher FILE, or torchvision's ImageNet weights with --pretrained, instead of training."""
-    preset = PRESETS[s["dataset"]]
+    """Load --teacher FILE, or torchvision's ImageNet weights with --pretrained, instead of training. Returns the mean
+    and deviation that images are normalised with: the file's own, else the data set's."""
+    mean, std = (PRESETS[s["dataset"]][key] for key in ("mean", "std"))
     if s["pretrained"]:
         weights = torchvision.models.get_model_weights(s["network"]).IMAGENET1K_V1
         try:
@@ -727,10 +778,12 @@ def given_weights(network, s, data):
         except Exception as error:
             raise BadInput(f"--teacher {s['teacher']}: not a readable state dict ({type(error).__name__})") from error
         state = state if isinstance(state, dict) else {}
-        for key, wanted in (("classes", data.classes), ("mean", preset["mean"]), ("std", preset["std"])):
-            if key in state and state[key] != wanted:      # a teacher.pt knows what it was trained on
-                raise BadInput(f"--teacher {s['teacher']}: its {key} are {str(state[key])[:60]}, here they are "
-                               f"{str(wanted)[:60]}: another data set's or class order's")
+        if state.get("classes", data.classes) != data.classes:         # a teacher.pt knows what it was trained on
+            raise BadInput(f"--teacher {s['teacher']}: its classes are {str(state['classes'])[:60]}, here they are "
+                           f"{str(data.classes)[:60]}: another data set's or class order's")
+        mean, std = (list(state.get(key, value)) for key, value in (("mean", mean), ("std", std)))
+        print(f"teacher {s['teacher']}: images are normalised with mean {mean}, std {std}"
+              f"{'' if 'mean' in state else ': it names none of its own'}")
         state = state.get("state_dict", state)
     own = network.state_dict()
     for key in [*own, *state]:
@@ -740,6 +793,7 @@ def given_weights(network, s, data):
             raise BadInput(f"{flag}: {key} is {shapes[0]} there and {shapes[1]} in {s['network']} for this data set: "
                            "another architecture, input size or class count")
     network.load_state_dict(state)
+    return mean, std
 
 
 def parse(argv):
@@ -751,19 +805,26 @@ def parse(argv):
     parser.add_argument("--network", choices=TEACHERS, help="the teacher (default: convnet for toy, else resnet18)")
     parser.add_argument("--pretrained", action="store_true",
                         help="imagenet only: torchvision's weights instead of training")
-    parser.add_argument("--teacher", metavar="FILE", help="a state dict of --network instead of training")
+    parser.add_argument("--teacher", metavar="FILE", help="instead of training: a state dict of --network, or a dict "
+                        "with it as state_dict and the mean and std it was trained with")
     parser.add_argument("--epochs", type=number(int, 1))
     parser.add_argument("--lr", type=number(float, 0, strict=True), help="learning rate of SGD with momentum 0.9")
     parser.add_argument("--wd", type=number(float, 0), help="weight decay")
     parser.add_argument("--batch", type=number(int, 2))
     parser.add_argument("--seed", type=number(int, 0), default=0)
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], help="of the network, in all stages (default: "
+                        "bfloat16 where the device multiplies in it)")
+    parser.add_argument("--validate", action="store_true", help="keep the last 10 %% of every class's training images "
+                        "out, for eval.py --validate to choose settings on")
+    parser.add_argument("--keep", type=number(int, 1), nargs="+", metavar="EPOCH", help="keep the weights after these "
+                        "epochs as epoch<E>of<all>.pt, for --teacher")
     parser.add_argument("--resume", action="store_true", help="continue what is in the run folder")
     args = parser.parse_args(argv)
     for flag, only in (("size", "folder"), ("pretrained", "imagenet"), ("classes", "toy")):
         if getattr(args, flag) and args.dataset != only:
             raise BadInput(f"--{flag} is for --dataset {only}, found {args.dataset}: leave it out")
     given = "--teacher" if args.teacher else "--pretrained" if args.pretrained else None
-    for flag in ("pretrained", "epochs", "lr", "wd"):
+    for flag in ("pretrained", "epochs", "lr", "wd", "keep"):
         if given and f"--{flag}" != given and getattr(args, flag):
             raise BadInput(f"--{flag} has no effect with {given}: leave one out")
     if args.pretrained and args.network == "convnet":
@@ -771,49 +832,51 @@ def parse(argv):
     return args
 
 
-def main(argv):
+def settings(argv):
+    """The resolved settings of a command line."""
     args = parse(argv)
     preset = PRESETS[args.dataset]
-    s = resolve(args, {**preset["squeeze"], "network": preset["network"], "size": preset["size"], "classes": 10})
-    run({**s, "schedule": preset["squeeze"]["schedule"], "augment": preset["squeeze"]["augment"]}, args.resume)
+    defaults = {**preset["squeeze"], "network": preset["network"], "size": preset["size"], "classes": 10,
+                "precision": native_precision(pick_device())}
+    return {**resolve(args, defaults), "schedule": preset["squeeze"]["schedule"],
+            "augment": preset["squeeze"]["augment"]}
 
 
-def run(s, resume):
-    """The stage after its flags: also what recover.py calls for a missing or unfinished teacher."""
-    preset, device, network = PRESETS[s["dataset"]], pick_device(), None
-    folder = Path("runs") / f"{s['dataset']}-{s['network']}"
-    data = load_data(s["dataset"], s["data"], s["size"], s["classes"])
+def main(argv):
+    s = settings(argv)
+    show(s)
+    run(s, parse(argv).resume, teacher_folder(s))
+
+
+def run(s, resume, folder):
+    """The stage after its flags: also what recover.py calls for an unfinished teacher."""
+    mean, std = (PRESETS[s["dataset"]][key] for key in ("mean", "std"))
+    device, network = pick_device(), None
+    data = load_data(s["dataset"], s["data"], s["size"], s["classes"], s["validate"])
     if s["teacher"] or s["pretrained"]:                    # refused before a folder is made
-        network = build_network(s["network"], len(data.classes), s["size"])
-        given_weights(network, s, data)
-    settings = {**s, "data": str(Path(s["data"]).resolve())}
-    config = open_run(folder, "squeeze", settings, {"data": data.sha256}, resume)
+        network = build_network(s["network"], len(data.classes), s["size"], s["precision"])
+        mean, std = given_weights(network, s, data)
+    config = open_run(folder, "squeeze", {**s, "data": str(Path(s["data"]).resolve())}, {"data": data.sha256}, resume)
     if "statistics.pt" not in config["artefacts"]:
         data = data._replace(train=in_memory(data, data.train, device), test=in_memory(data, data.test, device))
-        squeeze(data, preset, s, folder, config, device, network)
-    print(f"teacher: {config['results']['test']:.2f} % test accuracy, in {folder}\nnext: python recover.py "
-          f"--dataset {s['dataset']} --network {s['network']}")
+        squeeze(data, mean, std, s, folder, config, device, network)
+    print(f"teacher: {config['results']['test']:.2f} % {'held-out' if s['validate'] else 'test'} accuracy, in {folder}\n"
+          f"next: python recover.py --teacher {folder}")
 
 
-def squeeze(data, preset, s, folder, config, device, given):
+def squeeze(data, mean, std, s, folder, config, device, given):
     """Train the teacher (unless a network is given), gather the statistics, finish the run folder."""
     if not (folder / "teacher.pt").is_file():
         torch.manual_seed(s["seed"])
-        network = (given or build_network(s["network"], len(data.classes), s["size"])).to(device)
-        if given:
-            score = accuracy(network, data, preset["mean"], preset["std"], device)
-        else:
-            score = train(network, data, preset, s, folder, device)
+        network = (given or build_network(s["network"], len(data.classes), s["size"], s["precision"])).to(device)
+        score = accuracy(network, data, mean, std, device) if given else \
+            train(network, data, mean, std, s, folder, device)
         config["results"]["test"] = score                  # before teacher.pt, which says that training is over
         save(folder / "config.json", config)
-        save(folder / "teacher.pt", dict(
-            network=s["network"], dataset=s["dataset"], classes=data.classes, size=s["size"], mean=preset["mean"],
-            std=preset["std"], state_dict=network.state_dict()))
+        save(folder / "teacher.pt", contents(network, data, mean, std, s))
         (folder / "checkpoint.pt").unlink(missing_ok=True)
-    network = build_network(s["network"], len(data.classes), s["size"])
-    network.load_state_dict(load_state(folder / "teacher.pt")["state_dict"])
-    network.to(device)
-    found = gather_statistics(fold(network), data, preset["mean"], preset["std"], device, s["batch"])
+    network = fold(restore(load_state(folder / "teacher.pt")).to(device))
+    found = gather_statistics(network, data, mean, std, device, s["batch"])
     if not all(layer["ffc"].isfinite().all() for layer in found["layers"].values()):
         raise BadInput(f"{folder}: the teacher's features are not finite: remove it; lower --lr or change --teacher")
     save(folder / "statistics.pt", dict(**found, teacher=sha256(folder / "teacher.pt"),

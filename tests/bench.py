@@ -3,15 +3,18 @@
     python tests/bench.py                      all cases that fit the device
     python tests/bench.py --cases convnet-32-10 resnet18-32-100 --repetitions 5
     python tests/bench.py --growth             recover's time an image and memory against IPC and classes, alone
+    python tests/bench.py --parity DIR         image gradients at small alpha in a teacher's precision, against float64
 
 The reference step is the paper's, written the plain way: unfolded network, contiguous NCHW, float32, a covariance and
 two torch.linalg.solve a layer and side, the real side anew at each step. Before any timing both must give the same
-loss (1e-3) and the same image gradient (1e-2, relative) in float32. Then ours and the bare network run as the scripts
+loss (1e-3) and the same image gradient (1e-2, relative) in float32, and at the smallest alpha of a hundred rounds, in the
+precision that runs, ours must point where float64 does (cosine 0.8). Then ours and the bare network run as the scripts
 do, in bfloat16 on CUDA and on CPUs that have it. Repetitions are interleaved, since machines drift; a row is the
 median of the per-repetition ratios. Peak memory comes from one process per variant: CUDA's counter, or the resident
 set on a CPU. Prints a table and writes bench.json (--growth: growth.json) beside this file.
 """
 import argparse
+import copy
 import json
 import platform
 import statistics as stats
@@ -36,7 +39,7 @@ CASES = {"convnet-32-10": ("convnet", 32, 10), "convnet-32-100": ("convnet", 32,
          "resnet18-32-100": ("resnet18", 32, 100),
          "resnet18-64-200": ("resnet18", 64, 200), "resnet18-224-500": ("resnet18", 224, 500),
          "resnet18-224-8": ("resnet18", 224, 8)}
-ALPHA, GAMMA = 0.1, 0.1
+ALPHA, GAMMA, SMALLEST = 0.1, 0.1, spectral.alpha_schedule(99, 100, 0.1)
 
 
 def setup(case):
@@ -49,10 +52,10 @@ def setup(case):
         for _ in range(3):
             network(torch.randn(16, 3, size, size))
     network.to(squeeze.pick_device()).eval().requires_grad_(False)
+    network.precision = squeeze.native_precision(squeeze.pick_device())
     images = squeeze.toy(-(-B // 10), 10, 0, size)[0][:B]
-    settings = dict(iterations=1, lr=0.1, gamma=GAMMA, signal="mean", no_emu=False, filter="cfm", schedule="constant",
-                    ipc=1,
-                    alpha_max=ALPHA)
+    settings = dict(iterations=1, lr=0.1, gamma=GAMMA, signal="mean", emu="pool", filter="cfm", loss="both",
+                    schedule="constant", ipc=1, alpha_max=ALPHA)
     teacher = dict(mean=[0.5] * 3, std=[0.25] * 3)
     images = squeeze.normalise(images.to(squeeze.pick_device()), teacher["mean"], teacher["std"])
     with spectral.collect_inputs(network, transform=spectral.covariance) as seen, torch.no_grad():
@@ -91,14 +94,15 @@ def reference_steps(network, images, labels, real, settings, teacher, T):
 
 def our_steps(network, images, labels, real, settings, teacher, T):
     """recover.py's own loop, with what it prepares once a round."""
-    memory, classes = dict(b=0, psi={}, phi={}), torch.arange(10)
+    memory, classes = dict(b=0, rows=0, layers={}), torch.arange(10)
     stacked = recover.stack(real)
     pairs = [recover.cfm_pairs(0, settings) for _ in stacked]
     targets = [recover.apply_pairs(p, *layer, 1) for p, layer in zip(pairs, stacked)]
     settings = {**settings, "iterations": T}
     with recover.layer_statistics(network, "conv", None, settings, None) as current:
         recover.optimise(images.clone(), labels, network, lambda: recover.match(
-            pairs, targets, recover.join(memory, current, 0, classes, settings), classes, settings), settings, teacher,
+            pairs, targets, recover.objective(recover.join(memory, current, 0, classes, settings), settings), classes,
+            settings), settings, teacher,
             np.random.default_rng(0), lambda *a: None)
 
 
@@ -106,14 +110,85 @@ def bare_steps(network, images, labels, real, settings, teacher, T):
     """The limit: the folded network forward and backward to the images, with cross-entropy alone and no views."""
     images = images.clone().requires_grad_()
     for _ in range(T):
-        with squeeze.autocast(images.device):
+        with squeeze.autocast(network):
             loss = F.cross_entropy(network(images).float(), labels)
         images.grad, = torch.autograd.grad(loss, images)
     loss.item()
 
 
+class RoundedFirst(spectral._Covariance):
+    """The covariance with what was a defect until November 2026: A in bfloat16 before the product."""
+
+    @staticmethod
+    def backward(ctx, G, g):
+        X, mean = ctx.saved_tensors
+        A = (G + G.T) / len(X)
+        return torch.addmm((g / len(X) - A @ mean).to(X.dtype), X, A.to(X.dtype))
+
+
+def image_gradients(network, images, labels, real, memory, alpha, dtype):
+    """(of cross-entropy, of the matching loss), in dtype; float32 means the network's own precision."""
+    s = dict(signal="mean", emu="pool", filter="cfm", loss="both", schedule="constant", ipc=1, alpha_max=alpha)
+    stacked = recover.stack({name: tuple(part.to(dtype) for part in parts) for name, parts in real.items()})
+    old = {**memory, "layers": {name: (psi.to(dtype), mean.to(dtype), None)
+                                for name, (psi, mean, _) in memory["layers"].items()}}
+    pairs, leaf = [recover.cfm_pairs(0, s) for _ in stacked], images.to(dtype).requires_grad_()
+    targets = [recover.apply_pairs(p, *layer, 1) for p, layer in zip(pairs, stacked)]
+    with recover.layer_statistics(network, "conv", None, s, None) as current:
+        with squeeze.autocast(network):
+            logits = network(leaf)
+        joined = recover.objective(recover.join(memory if dtype == torch.float32 else old, current, 0, labels, s), s)
+        losses = F.cross_entropy(logits.to(dtype), labels), recover.match(pairs, targets, joined, None, s)
+    return [torch.autograd.grad(loss, leaf, retain_graph=True)[0].double().flatten() for loss in losses]
+
+
+def cosines(network, images, labels, real, memory, alpha):
+    """Cosine with float64 of the image gradients: (cross-entropy's, the matching loss's, and that with A rounded
+    first)."""
+    exact = copy.deepcopy(network).double()
+    exact.precision, now = "float32", spectral._Covariance
+    wanted = image_gradients(exact, images, labels, real, memory, alpha, torch.float64)
+    out = [F.cosine_similarity(a, b, dim=0).item() for a, b in
+           zip(image_gradients(network, images, labels, real, memory, alpha, torch.float32), wanted)]
+    try:
+        spectral._Covariance = RoundedFirst
+        found = image_gradients(network, images, labels, real, memory, alpha, torch.float32)[1]
+    finally:
+        spectral._Covariance = now
+    return *out, F.cosine_similarity(found, wanted[1], dim=0).item()
+
+
+def parity(folder):
+    """The table of cosines for the last round of IPC 10, 50 and 100, with EMU (the rounds before it are real images)
+    and without, on a trained teacher and its own statistics."""
+    device = squeeze.pick_device()
+    network, teacher, config = squeeze.load_teacher(folder, device)
+    s, K = config["settings"], len(teacher["classes"])
+    data = squeeze.load_data(s["dataset"], s["data"], s["size"], s["classes"], s["validate"])
+    found = squeeze.load(folder, "statistics.pt", config)
+    real = recover.real_layers(found, "conv", dict(signal="mean"), device)
+    index, labels = recover.starting_images(data, 100, found["confidence"]), torch.arange(K, device=device)
+    load = lambda k: squeeze.normalise(squeeze.take(data, data.train, index[k]).to(device), teacher["mean"], teacher["std"])
+    print(f"{folder}, {network.precision}: cosine of image gradients with float64's\n{'alpha':>9s} {'EMU':>4s} "
+          f"{'cross-entropy':>14s} {'matching':>9s} {'A rounded first':>16s}")
+    for ipc in (1, 10, 50, 100):
+        alpha, memory = spectral.alpha_schedule(ipc - 1, ipc, 0.1), dict(b=0, rows=0, layers={})
+        memories = {"no": memory}
+        if ipc > 1:
+            with torch.no_grad(), recover.layer_statistics(network, "conv", None, dict(signal="mean"), None) as current:
+                for k in range(ipc - 1):
+                    network(load(k))
+                    layers = recover.join(memory, current, k, labels, dict(emu="pool"))
+                    memory = dict(b=k + 1, rows=(k + 1) * K, layers=layers)
+            memories["yes"] = memory
+        for emu, memory in memories.items():
+            values = cosines(network, load(ipc - 1), labels, real, memory, alpha)
+            print(f"{alpha:9.2g} {emu:>4s} {values[0]:14.3f} {values[1]:9.3f} {values[2]:16.3f}", flush=True)
+
+
 def check_agreement(case):
-    """Same loss to 1e-3 and same image gradient to 1e-2 in float32, on whole images."""
+    """Same loss to 1e-3 and same image gradient to 1e-2 in float32, on whole images; then, on ten of them at the smallest
+    alpha and in the precision that runs, the cosine with float64."""
     network, images, labels, real, settings, teacher = setup(case)
     plain = images.contiguous(memory_format=torch.contiguous_format).clone().requires_grad_()
     expected = reference_loss(network.to(memory_format=torch.contiguous_format), plain, labels, real)
@@ -124,11 +199,16 @@ def check_agreement(case):
     targets = [recover.apply_pairs(p, *layer, 1) for p, layer in zip(pairs, stacked)]
     with recover.layer_statistics(network, "conv", None, settings, None) as current:
         logits = network(leaf)
-        loss = F.cross_entropy(logits, labels) + GAMMA * recover.match(pairs, targets, current, None, settings)
+        loss = F.cross_entropy(logits, labels) + GAMMA * recover.match(pairs, targets,
+                                                                       recover.objective(current, settings), None, settings)
     found, = torch.autograd.grad(loss, leaf)
     errors = abs(loss - expected).item() / expected.item(), ((found - wanted).norm() / wanted.norm()).item()
     assert errors[0] < 1e-3 and errors[1] < 1e-2, f"{case}: loss off by {errors[0]:.1e}, gradient by {errors[1]:.1e}"
-    return errors
+    memory = dict(b=0, rows=0, layers={})
+    cosine = cosines(network, images[:10], labels[:10], real, memory, SMALLEST)
+    print(f"{case}: at alpha {SMALLEST:.1e} in {network.precision}, cosine {cosine[1]:.3f} (cross-entropy {cosine[0]:.3f})")
+    assert cosine[1] > 0.8, f"{case}: at alpha {SMALLEST:.1e} the gradient's cosine with float64 is {cosine[1]:.3f}"
+    return *errors, cosine[1]
 
 
 VARIANTS = {"reference": reference_steps, "ours": our_steps, "bare": bare_steps}
@@ -175,7 +255,8 @@ def recover_rows(cases, repetitions, T):
                "speedup": stats.median(speedup),
                "spread": [min(speedup), max(speedup)],
                "over_bare": stats.median(s["ours"] / s["bare"] for s in seconds),
-               "memory": {v: peak(case, v) for v in VARIANTS}, "loss_error": errors[0], "gradient_error": errors[1]}
+               "memory": {v: peak(case, v) for v in VARIANTS}, "loss_error": errors[0], "gradient_error": errors[1],
+               "cosine": errors[2]}
         rows.append(row)
         print(f"{case:18s} {1e3 * row['reference']:9.1f} {1e3 * row['ours']:9.1f} {1e3 * row['bare']:9.1f} ms   "
               f"{row['speedup']:5.2f}x ({min(speedup):.2f}-{max(speedup):.2f})   {row['over_bare']:5.2f} of bare   "
@@ -188,12 +269,12 @@ def stage_rows(repetitions, n=1000):
     device = squeeze.pick_device()
     images, labels = squeeze.toy(n // 10, 10, 0)
     data = squeeze.Data("toy", [str(i) for i in range(10)], 32, squeeze.Split(images, labels), None, "")
-    network, teacher = squeeze.fold(squeeze.build_network("convnet", 10, 32).to(device)), dict(mean=[0.5] * 3,
-                                                                                               std=[0.25] * 3)
+    precision = squeeze.native_precision(device)
+    build = lambda: squeeze.build_network("convnet", 10, 32, precision).to(device)
+    network, teacher = squeeze.fold(build()), dict(mean=[0.5] * 3, std=[0.25] * 3)
     whole, views = images.to(device), relabel.draw_views(0, 0, n, 32, 0.08).to(device)
-    batch, student = squeeze.normalise(whole[:50], [0.5] * 3, [0.25] * 3), squeeze.build_network("convnet", 10,
-                                                                                                 32).to(device)
-    content = dict(classes=data.classes, mean=[0.5] * 3, std=[0.25] * 3)
+    batch, student = squeeze.normalise(whole[:50], [0.5] * 3, [0.25] * 3), build()
+    content = dict(classes=data.classes, mean=[0.5] * 3, std=[0.25] * 3, precision=precision)
     s = dict(network="convnet", ema=0.99, lr=1e-3, wd=1e-2, batch=50, epochs=5, schedule="stretched", hard=False,
              temperature=20.0)
     answer = lambda epoch, views: torch.zeros(100, 10, device=device)
@@ -201,12 +282,12 @@ def stage_rows(repetitions, n=1000):
     @torch.no_grad()
     def forward(size):
         for part in whole.split(size):
-            with squeeze.autocast(device):
+            with squeeze.autocast(network):
                 network(squeeze.normalise(part, [0.5] * 3, [0.25] * 3))
 
     def train():
         for _ in range(10):
-            with squeeze.autocast(device):
+            with squeeze.autocast(student):
                 loss = student(batch).float().square().mean()
             loss.backward()
     jobs = {"statistics": (lambda: squeeze.gather_statistics(network, data, [0.5] * 3, [0.25] * 3, device, 128), n,
@@ -238,11 +319,11 @@ def growth(ipc, classes):
     device, teacher = squeeze.pick_device(), dict(mean=[0.5] * 3, std=[0.25] * 3)
     images, labels = squeeze.toy(20000 // classes, classes, 0)
     data = squeeze.Data("toy", [str(c) for c in range(classes)], 32, squeeze.Split(images, labels), None, "")
-    network = squeeze.fold(squeeze.build_network("convnet", classes, 32).to(device))
+    network = squeeze.fold(squeeze.build_network("convnet", classes, 32, squeeze.native_precision(device)).to(device))
     some = data._replace(train=squeeze.Split(images[::20], labels[::20]))
     found = squeeze.gather_statistics(network, some, teacher["mean"], teacher["std"], device, 100)
     s = dict(ipc=ipc, batch=10, iterations=5, lr=0.1, gamma=GAMMA, alpha_max=ALPHA, schedule="cosine", filter="cfm",
-             signal="mean", no_emu=False, init="real", seed=0)
+             signal="mean", emu="pool", loss="both", init="real", seed=0)
     with tempfile.TemporaryDirectory() as folder:
         seconds = recover.distil(Path(folder), data, network, teacher, {**found, "class_counts": labels.bincount()},
                                  lambda k, psi: recover.cfm_pairs(k, s), s, device)
@@ -268,10 +349,13 @@ def main():
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20 if cuda else 2, help="steps a repetition")
     parser.add_argument("--growth", action="store_true", help="only recover's growth; writes growth.json")
+    parser.add_argument("--parity", metavar="DIR", help="only the table of cosines, of this squeeze run")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--growth-of", nargs=2, type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     squeeze.keep_freed_memory()
+    if args.parity:
+        return parity(args.parity)
     if args.peak:
         function, rest = prepared(*args.peak)
         function(*rest, 3)

@@ -68,10 +68,11 @@ def test_folder_errors(folder):
 
 def test_folder_runs_end_to_end_and_the_size_is_remembered(folder, capsys):
     squeeze.main(["--dataset", "folder", "--data", str(folder), "--size", "32", "--network", "convnet", "--epochs",
-                  "1", "--batch",
-                  "5"])
-    recover.main(["--dataset", "folder", "--network", "convnet", "--ipc", "2", "--iterations", "2"])
-    run = "runs/folder-convnet/cfm-ipc2-iterations2"
+                  "1", "--batch", "5"])
+    teacher = "runs/folder-convnet-epochs1-batch5"
+    assert f"next: python recover.py --teacher {teacher}" in capsys.readouterr().out
+    recover.main(["--teacher", teacher, "--ipc", "2", "--iterations", "2"])
+    run = f"{teacher}/cfm-ipc2-iterations2"
     assert torch.load(f"{run}/images.pt", weights_only=True)["images"].shape == (4, 3, 32, 32)
     evaluation.main([run, "--seeds", "1", "--epochs", "2"])
     assert "plan: 2 rounds of 2 images, 2 batches of 2 iterations" in capsys.readouterr().out
@@ -115,16 +116,26 @@ def test_tiny(tmp_path, monkeypatch):
 
 # ---- teachers and students
 
-def test_teacher_file(here, float32):
+def test_teacher_file(here):
     state = torch.load("runs/toy-convnet/teacher.pt", weights_only=True)
     torch.save(state["state_dict"], "mine.pth")
     score = json.loads(Path("runs/toy-convnet/config.json").read_text())["results"]["test"]
     statistics = torch.load("runs/toy-convnet/statistics.pt", weights_only=True)["layers"]
     shutil.rmtree("runs")
-    squeeze.main(["--classes", "4", "--teacher", "mine.pth"])
-    assert json.loads(Path("runs/toy-convnet/config.json").read_text())["results"]["test"] == score
-    again = torch.load("runs/toy-convnet/statistics.pt", weights_only=True)["layers"]
+    squeeze.main(["--classes", "4", "--teacher", "mine.pth", "--precision", "float32"])
+    made, = Path("runs").iterdir()
+    assert made.name.startswith("toy-convnet-teachermine.pth")
+    assert json.loads((made / "config.json").read_text())["results"]["test"] == score
+    again = torch.load(made / "statistics.pt", weights_only=True)["layers"]
     assert all(torch.allclose(again[name]["ffc"], statistics[name]["ffc"], rtol=1e-4) for name in statistics)
+    mine = {"state_dict": state["state_dict"], "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}
+    torch.save(mine, "normed.pth")                         # its own normalisation goes with it to all stages
+    squeeze.main(["--classes", "4", "--teacher", "normed.pth", "--precision", "float32"])
+    folder, = Path("runs").glob("*normed*")
+    recover.main(["--teacher", str(folder), "--ipc", "1", "--iterations", "1"])
+    content = torch.load(folder / "cfm-ipc1-iterations1" / "images.pt", weights_only=True)
+    assert content["mean"] == mine["mean"] and content["std"] == mine["std"]
+    assert json.loads((folder / "config.json").read_text())["results"]["test"] != score
     shutil.rmtree("runs")
     one_line(squeeze.main, ["--classes", "6", "--teacher", "mine.pth"], "--teacher mine.pth", "class count")
     one_line(squeeze.main, ["--classes", "4", "--network", "resnet18", "--teacher", "mine.pth"],

@@ -92,7 +92,7 @@ def real_images():
     return squeeze.toy(100, 10, 0)[0]
 
 
-def test_statistics_equal_numpy_on_images(float32):
+def test_statistics_equal_numpy_on_images():
     """The statistics pass, batch by batch, against NumPy on all features at once, through fixed random weights."""
     torch.manual_seed(0)
     images = real_images()
@@ -170,7 +170,7 @@ def test_a_view_is_crop_flip_and_patch():
 
 # ---- the stages
 
-def test_pipeline_and_its_contracts(here, capsys, float32):
+def test_pipeline_and_its_contracts(here, capsys):
     run = Path("runs/toy-convnet/cfm-ipc3-iterations8")
     recover.main(TINY)
     content = torch.load(run / "images.pt", weights_only=True)
@@ -226,63 +226,93 @@ def test_presets():
     preset = lambda *flags: recover.preset_of(recover.parse([*flags]))
     for name in recover.PRESETS:
         paper = preset("--dataset", name, "--preset", "paper")
-        assert paper == {**recover.PRESETS[name], "network": squeeze.PRESETS[name]["network"]}
-        assert preset("--dataset", name) == {**paper, **recover.OURS.get(name, {})}
+        assert paper == {**recover.PRESETS[name], "network": squeeze.PRESETS[name]["network"]} and paper["emu"] == "paper"
+        assert preset("--dataset", name) == {**paper, "emu": "pool", **recover.OURS.get(name, {})}
         assert preset("--dataset", name, "--iterations", "0")["init"] == "real"
 
 
 def test_all_flags_of_recover_reach_the_images(here):
     seen = {}
     for flags in ([], ["--filter", "low"], ["--filter", "high"], ["--schedule", "linear"], ["--signal", "class"],
-                  ["--init", "noise"], ["--no-emu"], ["--seed", "1"], ["--alpha-max", "0.5"], ["--gamma", "1"],
+                  ["--init", "noise"], ["--emu", "off"], ["--emu", "paper"], ["--loss", "filter"], ["--loss", "signal"], ["--seed", "1"], ["--alpha-max", "0.5"], ["--gamma", "1"],
                   ["--lr", "0.05"],
                   ["--batch", "3"], ["--batch", "3", "--signal", "class"]):
         recover.main([*TINY, *flags])
     for run in Path("runs/toy-convnet").glob("*ipc3*"):
         pixels = torch.load(run / "images.pt", weights_only=True)["images"]
         seen[pixels.numpy().tobytes()] = run
-    assert len(seen) == 13                                 # thirteen folders, thirteen different results
+    assert len(seen) == 16                                 # sixteen folders, sixteen different results
 
 
-def test_emu_is_the_mean_over_finished_batches(here, monkeypatch):
-    """After each batch the memory must hold the mean of what was seen of the finished ones, or of their classes."""
-    for kind in ("mean", "class"):
-        memories, seen = [], []
-        save, look = squeeze.save, recover.view_statistics
-        with monkeypatch.context() as patch:
-            patch.setattr(squeeze, "save", lambda path, content: (
-                memories.append(copy.deepcopy(content)) if path.name == "memory.pt" else None, save(path, content)))
-            patch.setattr(recover, "view_statistics", lambda *args: seen.append(look(*args)) or seen[-1])
-            recover.main([*TINY, "--batch", "2", "--signal", kind])
-        assert [memory["b"] for memory in memories] == [1, 2, 3, 4, 5, 6]
-        for b in range(1, 7):
-            for name in seen[0]:
-                psi = torch.stack([part[name][0] for part in seen[:b]]).mean(0)
-                assert torch.allclose(memories[b - 1]["psi"][name], psi, rtol=1e-4, atol=1e-6)
-                if kind == "mean":
-                    phi = torch.stack([part[name][1] for part in seen[:b]]).mean(0)
-                else:                                      # classes 0, 1 are in the odd batches, 2, 3 in the even ones
-                    parts = [torch.stack([part[name][1] for part in seen[first:b:2]]) for first in (0, 1) if first < b]
-                    phi = torch.cat([part.mean(0) for part in parts], 1)
-                assert torch.allclose(memories[b - 1]["phi"][name][:, :phi.shape[1]], phi, rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("kind", ["mean", "class"])
+@pytest.mark.parametrize("emu", ["paper", "pool"])
+def test_what_emu_remembers(here, monkeypatch, kind, emu):
+    """After each batch the memory must be, for --emu paper, the mean of what was seen of the finished ones, and for
+    pool the statistics of all their feature vectors as one set, unequal chunks (3 classes and 1) included."""
+    memories, seen, rows = [], [], [3, 1] * 3
+    save, look = squeeze.save, recover.view_statistics
+    monkeypatch.setattr(squeeze, "save", lambda path, content: (
+        memories.append(copy.deepcopy(content)) if path.name == "memory.pt" else None, save(path, content)))
+    monkeypatch.setattr(recover, "view_statistics", lambda *args: seen.append(look(*args)) or seen[-1])
+    recover.main([*TINY, "--batch", "3", "--signal", kind, "--emu", emu])
+    assert [memory["b"] for memory in memories] == [1, 2, 3, 4, 5, 6] and memories[-1]["rows"] == 12
+    for b in range(1, 7):
+        weight = torch.tensor(rows[:b], dtype=torch.float64) if emu == "pool" else torch.ones(b, dtype=torch.float64)
+        weight /= weight.sum()
+        for name in seen[0]:
+            psi, mean = (torch.stack([part[name][i].double() for part in seen[:b]]) for i in (0, 1))
+            wanted = torch.einsum("b,bij->ij", weight, psi), weight @ mean
+            if emu == "pool":                              # E[x x^T] - m m^T, over all rows
+                second = psi + mean[:, :, None] * mean[:, None]
+                wanted = torch.einsum("b,bij->ij", weight, second) - torch.outer(wanted[1], wanted[1]), wanted[1]
+            for found, exact in zip(memories[b - 1]["layers"][name], wanted):
+                assert torch.allclose(found.double(), exact, rtol=1e-4, atol=1e-5)
+            if kind == "class":                            # classes 0-2 are in the odd batches, 3 in the even ones
+                parts = [torch.stack([part[name][2] for part in seen[first:b:2]]) for first in (0, 1) if first < b]
+                phi = torch.cat([part.mean(0) for part in parts], 1)
+                assert torch.allclose(memories[b - 1]["layers"][name][2][:, :phi.shape[1]], phi, rtol=1e-4, atol=1e-6)
 
 
-def test_view_statistics_are_those_of_the_views(here, float32):
-    """The mean over random views of the saved images, layer by layer, against a loop over single views."""
+def test_uncentred_moments_are_h_transposed_h(here):
+    """What DC, MTT and FrePo compare, real side and synthetic side after three batches, against H^T H / n itself, on
+    features whose mean is many deviations long."""
+    torch.manual_seed(0)
+    s = dict(signal="mean", emu="paper", uncentred=True)
+    sets = [torch.randn(4, 5, dtype=torch.float64) + 30 for _ in range(3)]
+    memory = dict(b=0, rows=0, layers={})
+    for b, H in enumerate(sets, 1):
+        current = {"x": (*spectral.covariance(H, "plain"), None)}
+        joined = recover.join(memory, current, b - 1, torch.arange(4), s)
+        recover.remember(memory, joined, torch.arange(4), 4)
+        memory.update(b=b, rows=memory["rows"] + 4)
+        (found, phi), H = recover.objective(joined, s)["x"], torch.cat(sets[:b])
+        assert torch.allclose(found, H.T @ H / len(H), rtol=1e-10) and torch.allclose(phi[:, 0], H.mean(0))
+    seen = spectral.statistics(H, torch.ones(len(H), 1), "plain")
+    stored = dict(layers={"x": seen._asdict()}, head="none", class_counts=torch.tensor([12]))
+    assert torch.allclose(recover.real_layers(stored, "conv", s, "cpu")["x"][0], H.T @ H / len(H), rtol=1e-10)
+
+
+def test_view_statistics_are_those_of_the_views(here):
+    """The statistics over random views of the saved images as one set (--emu paper: the mean of the views' ones), layer
+    by layer, against a loop over single views."""
     network, teacher, _ = squeeze.load_teacher("runs/toy-convnet", torch.device("cpu"))
     images = squeeze.toy(1, 4, 0)[0]
-    with recover.layer_statistics(network, "conv", None, {"signal": "mean"}, None) as current:
-        found = recover.view_statistics(images, network, current, teacher, np.random.default_rng(5), views=3)
     rng = np.random.default_rng(5)
     boxes = squeeze.crop_boxes(rng.random((12, 4)), (0.08, 1)).view(3, 4, 4)
     flips, rolls = torch.from_numpy(rng.random((3, 4)) < 0.5), rng.integers(0, 5, (3, 2)).tolist()
-    x, expected = squeeze.normalise(images, teacher["mean"], teacher["std"]), []
+    x, seen = squeeze.normalise(images, teacher["mean"], teacher["std"]), []
     for t in range(3):
         with spectral.collect_inputs(network) as features, torch.no_grad():
             network(torch.roll(squeeze.resample(x, squeeze.crop_grid(boxes[t], flips[t], 32)), rolls[t], (2, 3)))
-        expected.append({name: spectral.ffc(value) for name, value in features.items()})
-    for name in found:
-        assert torch.allclose(found[name][0], sum(part[name] for part in expected) / 3, rtol=1e-3, atol=1e-5)
+        seen.append({name: value.clone() for name, value in features.items()})
+    for emu in ("pool", "paper"):
+        s = {"signal": "mean", "emu": emu}
+        with recover.layer_statistics(network, "conv", None, s, None) as current:
+            found = recover.view_statistics(images, network, current, teacher, np.random.default_rng(5), 3, s)
+        for name in found:
+            wanted = spectral.ffc(torch.cat([part[name] for part in seen])) if emu == "pool" else \
+                sum(spectral.ffc(part[name]) for part in seen) / 3
+            assert torch.allclose(found[name][0], wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_same_seed_same_bytes_and_a_killed_run_resumes_to_them(here):
@@ -311,9 +341,11 @@ def test_squeeze_resumes_to_the_same_teacher_and_recover_takes_it_along(here, mo
     shutil.rmtree("runs")
     train, test = (squeeze.Split(*squeeze.toy(n, 2, seed)) for n, seed in ((100, 0), (20, 1)))
     monkeypatch.setitem(squeeze.LOADERS, "toy", lambda root, size, classes: (train, test, ["a", "b"]))
-    squeeze.main(["--classes", "2", "--epochs", "2", "--batch", "50"])
-    whole = torch.load("runs/toy-convnet/teacher.pt", weights_only=True)["state_dict"]
-    statistics = Path("runs/toy-convnet/statistics.pt").read_bytes()
+    flags, folder = ["--classes", "2", "--epochs", "2", "--batch", "50"], Path("runs/toy-convnet-epochs2")
+    squeeze.main(flags)
+    assert [path.name for path in Path("runs").iterdir()] == ["toy-convnet-epochs2"]       # batch 50 is the default
+    whole = torch.load(folder / "teacher.pt", weights_only=True)["state_dict"]
+    statistics = (folder / "statistics.pt").read_bytes()
     shutil.rmtree("runs")
     real_log = squeeze.log
 
@@ -323,14 +355,14 @@ def test_squeeze_resumes_to_the_same_teacher_and_recover_takes_it_along(here, mo
             raise KeyboardInterrupt
     monkeypatch.setattr(squeeze, "log", dies)
     with pytest.raises(KeyboardInterrupt):
-        squeeze.main(["--classes", "2", "--epochs", "2", "--batch", "50"])
+        squeeze.main(flags)
     monkeypatch.setattr(squeeze, "log", real_log)
     with pytest.raises(BadInput, match="unfinished"):
-        recover.main(TINY)
-    recover.main([*TINY, "--resume"])                      # goes through the rest of squeeze first, with its settings
-    resumed = torch.load("runs/toy-convnet/teacher.pt", weights_only=True)["state_dict"]
+        recover.main([*TINY, "--teacher", str(folder)])
+    recover.main([*TINY, "--teacher", str(folder), "--resume"])        # the rest of squeeze first, with its settings
+    resumed = torch.load(folder / "teacher.pt", weights_only=True)["state_dict"]
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    assert Path("runs/toy-convnet/statistics.pt").read_bytes() == statistics
+    assert (folder / "statistics.pt").read_bytes() == statistics
 
 
 def test_eval_resumes_to_the_same_student(here, monkeypatch):
