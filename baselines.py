@@ -16,74 +16,68 @@ import torch
 
 import recover
 import squeeze
-from spectral import gradient_descent, gradient_descent_sum, identity, low_pass, ridge
+from spectral import gradient_descent, gradient_descent_sum, identity, low_pass, ridge, second_moment
 from squeeze import BadInput, number
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The table: settings and the real spectrum of a layer -> pairs (g, f_real, f_syn), and which FLC they look at.
-# g: "I" matches filters f(Psi), "diag" their diagonals, "x" signals f(Psi) Phi.
+# The table: settings -> pairs (g, f) or (g, f_real, f_syn) as spectral.matching takes them. g: "I" matches filters
+# f(Psi), "diag" their diagonals, "x" signals f(Psi) Phi.
 
-def dm(s, eta):
+def dm(s):
     """Eq. 2: class means, || H^T Y - H_s^T Y_s ||. All-pass: nothing is weighted, so what is large dominates."""
-    return [("x", identity(), identity())]
+    return [("x", identity())]
 
 
-def sre2l(s, eta):
+def sre2l(s):
     """Eq. 3: BatchNorm's statistics, || diag FFC - diag FFC_s || + || mean - mean_s || of (here) convolution inputs."""
-    return [("diag", low_pass(), low_pass()), ("x", identity(), identity())]
+    return [("diag", low_pass()), ("x", identity())]
 
 
-def dc(s, eta):
+def dc(s):
     """Eq. 4-5: the gradient of a linear head is FFC W - FLC, so for any W the gradients differ by at most
     || FFC - FFC_s || ||W|| + || FLC - FLC_s ||. The bound is what is minimised."""
-    return [("I", low_pass(), low_pass()), ("x", identity(), identity())]
+    return [("I", low_pass()), ("x", identity())]
 
 
-def covm(s, eta):
+def covm(s):
     """DM with covariance matching on top: DC's pairs, of the centred FFC."""
-    return dm(s, eta) + [("I", low_pass(), low_pass())]
+    return [("x", identity()), ("I", low_pass())]
 
 
-def mtt(s, eta):
+def mtt(s):
     """Eq. 6-9: p steps of gradient descent on a linear head turn W_0 into
-    (I - eta FFC)^p W_0 + eta sum_{i<p} (I - eta FFC)^i FLC: one filter before W_0, one before FLC; q steps on ours."""
-    return [("I", gradient_descent(eta, s["p"]), gradient_descent(eta, s["q"])),
-            ("x", gradient_descent_sum(eta, s["p"]), gradient_descent_sum(eta, s["q"]))]
+    (I - eta FFC)^p W_0 + eta sum_{i<p} (I - eta FFC)^i FLC: one filter before W_0, one before FLC; q steps on ours.
+    eta: --eta, or 1 / lambda_max of each real layer, which leaves the synthetic spectrum a factor of 2 to overshoot."""
+    def pairs(psi):
+        eta = s["eta"] or 1 / torch.linalg.eigvalsh(psi)[..., -1:]
+        return [("I", gradient_descent(eta, s["p"]), gradient_descent(eta, s["q"])),
+                ("x", gradient_descent_sum(eta, s["p"]), gradient_descent_sum(eta, s["q"]))]
+    return pairs
 
 
-def frepo(s, eta):
+def frepo(s):
     """Eq. 10-14: kernel ridge regression, H H^T + beta I by its dual: || (FFC + beta I)^-1 FLC - (...)_s ||."""
-    return [("x", ridge(s["beta"]), ridge(s["beta"]))]
+    return [("x", ridge(s["beta"]))]
 
 
-# What FFC and FLC are: DC, MTT and FrePo are derived for a linear head without bias, so theirs is H^T H / n, uncentred.
-METHODS = {"dm": (dm, "class", False), "sre2l": (sre2l, "mean", False), "dc": (dc, "class", True),
-           "covm": (covm, "class", False), "mtt": (mtt, "class", True), "frepo": (frepo, "class", True)}
+# Which FLC they look at, and whether FFC is centred: DC, MTT and FrePo are derived for a linear head without bias, so
+# theirs is H^T H / n.
+METHODS = {"dm": (dm, "class", True), "sre2l": (sre2l, "mean", True), "dc": (dc, "class", False),
+           "covm": (covm, "class", True), "mtt": (mtt, "class", False), "frepo": (frepo, "class", False)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The stage
 
-def step_size(s, psi):
-    """MTT's eta for a stack of layers psi [L, C, C], as [L, 1]: --eta, or 1 / lambda_max of each layer.
-
-    Gradient descent diverges for eta * lambda > 2. 1 / lambda_max leaves the synthetic spectrum a factor of 2 to
-    overshoot.
-    """
-    largest = torch.linalg.eigvalsh(psi)[:, -1:]
-    if s["eta"] is None:
-        return 1 / largest
-    if s["eta"] * largest.max() > 2:
-        raise BadInput(f"--eta {s['eta']}: gradient descent diverges, eta * lambda is {s['eta'] * largest.max():.3g}: "
-                       f"use at most {2 / largest.max():.3g}, or leave it out to have it chosen")
-    return s["eta"] * torch.ones_like(largest)
-
-
-def pairs_for(s):
-    """settings -> pairs_of(k, psi) as recover.distil wants it; the same in every round: there is no curriculum."""
-    method, _, _ = METHODS[s["method"]]
-    return lambda k, psi: method(s, step_size(s, psi) if s["method"] == "mtt" else None)
+def pairs_for(s, real):
+    """recover.distil's pairs_of: the same in every round, there is no curriculum. BadInput if --eta is unstable: gradient
+    descent diverges for eta * lambda > 2."""
+    largest = max(torch.linalg.matrix_norm(second_moment(layer.ffc, layer.mean), 2) for layer in real.values())
+    if (s["eta"] or 0) * largest > 2:
+        raise BadInput(f"--eta {s['eta']}: gradient descent diverges, eta * lambda is {s['eta'] * largest:.3g}: "
+                       f"use at most {2 / largest:.3g}, or leave it out to have it chosen")
+    return lambda k: METHODS[s["method"]][0](s)
 
 
 def parse(argv):
@@ -103,7 +97,8 @@ def parse(argv):
         if getattr(args, flag) is not None and args.method != owner:
             raise BadInput(f"--{flag} is for --method {owner}, found {args.method}: leave it out")
         setattr(args, flag, getattr(args, flag) or default)
-    _, args.signal, args.uncentred = METHODS[args.method]
+    _, args.signal, centred = METHODS[args.method]
+    args.uncentred = not centred
     return args
 
 

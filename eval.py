@@ -284,12 +284,13 @@ def responses(s, layer):
     psi = spectral.second_moment(layer["ffc"], layer["mean"]) if s.get("uncentred") else layer["ffc"]
     lam = torch.linalg.eigvalsh(psi).clamp(min=0)
     if "method" in s:
-        pairs = {"": baselines.pairs_for(s)(0, psi[None])}
+        pairs = baselines.METHODS[s["method"]][0](s)
+        pairs = {"": pairs(psi[None]) if callable(pairs) else pairs}
     else:
         rounds = (0, s["ipc"] - 1) if s["filter"] == "cfm" and s["ipc"] > 1 else (0,)
-        pairs = {f" round {k + 1}" if len(rounds) > 1 else "": recover.cfm_pairs(k, s) for k in rounds}
+        pairs = {f" round {k + 1}" if len(rounds) > 1 else "": recover.pairs_of_round(k, s) for k in rounds}
     return {f"{name}, g = {g}": (lam.tolist(), f(lam[None])[0].tolist()) for name, group in pairs.items()
-            for g, f, _ in ({pair[0]: pair for pair in group}.values() if "method" in s else group[:1])}
+            for g, f, *_ in ({pair[0]: pair for pair in group}.values() if "method" in s else group[:1])}
 
 
 def report(runs, device):

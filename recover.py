@@ -17,6 +17,7 @@ Writes runs/<dataset>-<network>/<run>/ with images.pt, preview.png, config.json 
 squeezed first. Baselines run through the same loop (baselines.py).
 """
 import argparse
+import functools
 import math
 import time
 from pathlib import Path
@@ -44,13 +45,12 @@ OURS = {name: dict(init="confident", iterations=100, lr=0.02, gamma=10.0) for na
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The objective: pairs (g, f_real, f_syn) of Theorem 1, layer by layer
+# The objective (spectral.matching): its pairs, its real side, and how batches join
 
-def cfm_pairs(k, s):
+def pairs_of_round(k, s):
     """The pairs of CFM in round k (Eq. 18-20), or of its ablations --filter high and low, --loss filter and signal."""
-    alpha = alpha_of_round(k, s)
-    f = spectral.low_pass() if alpha is None else spectral.ridge(alpha)
-    return [(g, f, f) for g, loss in (("I", "filter"), ("x", "signal")) if s["loss"] in (loss, "both")]
+    pairs = spectral.cfm_pairs(alpha_of_round(k, s))
+    return [pair for pair in pairs if s["loss"] in ("both", {"I": "filter", "x": "signal"}[pair[0]])]
 
 
 def alpha_of_round(k, s):
@@ -62,96 +62,24 @@ def alpha_of_round(k, s):
     return spectral.alpha_schedule(k, s["ipc"], s["alpha_max"], s["schedule"])
 
 
-def stack(layers):
-    """{name: (psi [C, C], phi [C, K])} -> [(psi [L, C, C], phi [L, C, K]), ...]: layers of equal C go together."""
-    groups = {}
-    for psi, phi in layers.values():
-        groups.setdefault(len(psi), []).append((psi, phi))
-    return [tuple(torch.stack(part) for part in zip(*group)) for group in groups.values()]
+def real_layers(found, s, device):
+    """{name: Statistics} of the layers to match: the convolutions, or with --layers last the last linear layer."""
+    share, last = found["class_counts"] / found["class_counts"].sum(), s.get("layers") == "last"
+    return {name: spectral.Statistics(**{**layer, "share": share}).to(device)
+            for name, layer in found["layers"].items() if (name == found["head"]) == last}
 
 
-def apply_pairs(pairs, psi, phi, side):
-    """What each pair (g, f_real, f_syn) compares, for one stack of layers: f(Psi) where g is I, its diagonal [L, C,
-    1] where g is diag, f(Psi) Phi where g is x. side: 1 real, 2 synthetic."""
-    filters, out = {}, []
-    for pair in pairs:
-        g, f = pair[0], pair[side]
-        if f not in filters:                               # CFM's two pairs share one factorisation
-            filters[f] = spectral.apply_filter(psi, f)
-        out.append(filters[f] if g == "I" else filters[f].diagonal(dim1=-2, dim2=-1)[..., None] if g == "diag"
-                   else filters[f] @ phi)
-    return out
+def collect(network, s, head, Y):
+    """A collect_moments context of the same layers. Y [B, K]: labels, looked at where signals are class-wise."""
+    select = (lambda name, module: name == head) if s.get("layers") == "last" else spectral.is_main_convolution
+    return spectral.collect_moments(network, select, Y if s["signal"] == "class" else None)
 
 
-def match(pairs, targets, layers, classes, s):
-    """Sum over layers and pairs of the losses of Eq. 19. One entry of pairs and of targets (apply_pairs of the real
-    side) a stack of layers; layers: {name: (psi, phi)} of the synthetic side, phi of the chunk's classes."""
-    total = 0
-    for group, target, (psi, phi) in zip(pairs, targets, stack(layers)):
-        for pair, wanted, found in zip(group, target, apply_pairs(group, psi, phi, 2)):
-            if pair[0] != "x":
-                total = total + spectral.filter_loss(wanted, found).sum()
-            else:
-                wanted = wanted[..., classes] if s["signal"] == "class" else wanted
-                total = total + spectral.signal_loss(wanted, found).sum()
-    return total
-
-
-def layer_statistics(network, layers, head, s, Y):
-    """A collect_inputs context: after each forward pass, {name: (psi [C, C], mean [C], phi)} of the batch. phi: None, or
-    for class-wise signals [C, K'] of the labels Y [B, K']."""
-    layout = "plain" if layers == "last" else "map"
-
-    def reduce(features):
-        return *spectral.covariance(features, layout), spectral.flc(features, Y, layout) if s["signal"] == "class" else None
-    select = (lambda name, module: name == head) if layers == "last" else spectral.is_main_convolution
-    return spectral.collect_inputs(network, select, reduce)
-
-
-def objective(layers, s):
-    """{name: (psi, mean, phi)} -> {name: (FFC, FLC)} as the pairs want them: H^T H / n for methods that are derived for
-    a linear head; the mean [C, 1] as FLC where none is class-wise."""
-    return {name: (spectral.second_moment(psi, mean) if s.get("uncentred") else psi, mean[:, None] if phi is None else phi)
-            for name, (psi, mean, phi) in layers.items()}
-
-
-def real_layers(statistics, layers, s, device):
-    """{name: (FFC, FLC)} of the real set. Class-wise: column k is the class's mean over K, whatever the class sizes."""
-    counts = statistics["class_counts"]
-    weight = counts.sum() / (counts * len(counts))
-    names = [statistics["head"]] if layers == "last" else [name for name in statistics["layers"]
-                                                           if name != statistics["head"]]
-    chosen = {name: statistics["layers"][name] for name in names}
-    return objective({name: (layer["ffc"].to(device), layer["mean"].to(device), (layer["flc"] * weight).to(device)
-                             if s["signal"] == "class" else None) for name, layer in chosen.items()}, s)
-
-
-def join(memory, current, k, classes, s):
-    """{name: (psi, mean, phi)} of the finished batches, in memory, and the current one together.
-
-    --emu pool: as if all their feature vectors were one set. paper: Eq. 17, the mean over batches, except for H^T H,
-    whose mean is pooling. The class-wise signal of a class moves only in batches that hold it, so it counts rounds.
-    """
-    if s["emu"] == "off" or not memory["b"]:
-        return dict(current)
-    b, share, joined = memory["b"] + 1, len(classes) / (memory["rows"] + len(classes)), {}
-    for name, (psi, mean, phi) in current.items():
-        psi_old, mean_old, phi_old = memory["layers"][name]
-        if s["emu"] == "pool" or s.get("uncentred"):
-            psi, mean = spectral.pool(psi_old, mean_old, psi, mean, share)
-        else:
-            psi, mean = spectral.emu(psi_old, psi, b), spectral.emu(mean_old, mean, b)
-        joined[name] = psi, mean, None if phi is None else spectral.emu(phi_old[:, classes], phi, k + 1)
-    return joined
-
-
-def remember(memory, joined, classes, K):
-    """Put the joined statistics into the memory; the caller counts the batch."""
-    for name, (psi, mean, phi) in joined.items():
-        if phi is not None:
-            whole = memory["layers"][name][2] if name in memory["layers"] else psi.new_zeros(len(psi), K)
-            whole[:, classes], phi = phi, whole
-        memory["layers"][name] = psi, mean, phi
+def update_of(b, s):
+    """How batch b = 1, 2, ... joins those before it. --emu pool: as if all feature vectors were one set; paper: Eq. 17,
+    the mean over batches, except for H^T H, whose mean is pooling."""
+    pooled = s["emu"] == "pool" or s.get("uncentred")
+    return spectral.merge if pooled else functools.partial(spectral.emu, step=b)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,19 +121,19 @@ def optimise(images, labels, network, matching_loss, s, teacher, rng, report):
 
 @torch.no_grad()
 def view_statistics(images, network, current, teacher, rng, views, s):
-    """What EMU remembers of a finished batch: {layer: (psi, mean, phi)} over random views of the images as saved.
+    """What EMU remembers of a finished batch: {layer: Statistics} over random views of the images as saved, with the
+    weight of one view.
 
     Views, since the next batches are seen through views: a crop blown up to full size has less high frequency than a
     whole image, and a memory of whole images would make late batches answer for the difference, b-fold.
     """
-    images, seen = squeeze.normalise(images, teacher["mean"], teacher["std"]), dict(b=0, rows=0, layers={})
+    images, seen = squeeze.normalise(images, teacher["mean"], teacher["std"]), {}
     view = random_views(rng, views, len(images), images.shape[-1], images.device)
     for t in range(views):
         with squeeze.autocast(network):
             network(view(images, t))
-        classes = torch.arange(len(images), device=images.device)
-        seen.update(b=t + 1, rows=(t + 1) * len(images), layers=join(seen, current, t, classes, s))
-    return seen["layers"]
+        seen = spectral.join(seen, current, update_of(t + 1, s))
+    return {name: layer._replace(count=layer.count // views) for name, layer in seen.items()}
 
 
 def to_uint8(images, teacher):
@@ -228,13 +156,12 @@ def initial_images(data, index, k, classes, s, rng):
 def resumed(folder, chunks, K, pixels, device):
     """What a killed run left: batches done, their mean statistics (EMU) and the seconds they took."""
     if not (folder / "memory.pt").is_file():
-        return dict(b=0, rows=0, layers={}, seconds=0.0)
+        return dict(b=0, layers={}, seconds=0.0)
     memory, raw = squeeze.load_state(folder / "memory.pt"), folder / "images.raw"
     if not raw.is_file() or raw.stat().st_size < memory["b"] // chunks * K * pixels:
         raise BadInput(f"{raw}: not the {memory['b']} batches that memory.pt counts: remove {folder} and start again")
     print(f"resuming after batch {memory['b']}")
-    memory["layers"] = {name: tuple(part if part is None else part.to(device) for part in parts)
-                        for name, parts in memory["layers"].items()}
+    memory["layers"] = {name: spectral.Statistics(*parts).to(device) for name, parts in memory["layers"].items()}
     return memory
 
 
@@ -242,14 +169,14 @@ def distil(folder, data, network, teacher, statistics, pairs_of, s, device):
     """Make all batches of a run, round by round. A finished one goes to images.raw at once, and memory.pt says how many
     there are and holds the EMU: a killed run goes on with the next batch, and memory does not grow with IPC.
 
-    pairs_of(k, psi): the pairs of round k for a stack of layers with real psi [L, C, C]. Returns seconds.
+    pairs_of(k): the pairs of round k, as spectral.matching takes them. Returns seconds.
     """
-    K, layers = len(data.classes), s.get("layers", "conv")
+    K = len(data.classes)
     chunks = torch.arange(K).split(s["batch"])
     index = None if s["init"] == "noise" else starting_images(
         data, s["ipc"], statistics["confidence"] if s["init"] == "confident" else None)
     memory = resumed(folder, len(chunks), K, 3 * data.size**2, device)
-    real, total, done = stack(real_layers(statistics, layers, s, device)), s["ipc"] * len(chunks), memory["b"]
+    real, total, done = real_layers(statistics, s, device), s["ipc"] * len(chunks), memory["b"]
     start, before = time.time(), memory["seconds"]
 
     def report(t, entropy, matching):                      # b and k are the loop's
@@ -269,23 +196,20 @@ def distil(folder, data, network, teacher, statistics, pairs_of, s, device):
         images = initial_images(data, index, k, here, s, rng)
         if s["iterations"]:
             if b == done or b % len(chunks) == 0:          # the real side is constant within a round
-                pairs = [pairs_of(k, psi) for psi, _ in real]
-                targets = [apply_pairs(group, *layer, 1) for group, layer in zip(pairs, real)]
-            Y = F.one_hot(torch.arange(len(classes), device=device), len(classes)) * len(classes) / K
-            with layer_statistics(network, layers, statistics["head"], s, Y) as current:
-                images = optimise(squeeze.normalise(images.to(device), teacher["mean"], teacher["std"]),
-                                  classes, network, lambda: match(
-                                      pairs, targets, objective(join(memory, current, k, classes, s), s), classes, s),
-                                  s, teacher, rng, report)
+                loss = spectral.matching(real, pairs_of(k), s["signal"], not s.get("uncentred"))
+            with collect(network, s, statistics["head"], F.one_hot(classes, K)) as current:
+                update = update_of(b + 1, s)
+                images = optimise(squeeze.normalise(images.to(device), teacher["mean"], teacher["std"]), classes, network,
+                                  lambda: loss(current, memory["layers"], update), s, teacher, rng, report)
                 images = to_uint8(images, teacher)
                 if s["emu"] != "off":
                     seen = view_statistics(images.to(device), network, current, teacher, rng, min(10, s["iterations"]), s)
-                    remember(memory, join(memory, seen, k, classes, s), classes, K)
+                    memory["layers"] = spectral.join(memory["layers"], seen, update)
         with open(folder / "images.raw", "r+b" if b else "wb") as file:
             file.seek(images[0].numel() * (k * K + int(here[0])))
             file.write(images.numpy().tobytes())
-        memory.update(b=b + 1, rows=memory["rows"] + len(here), seconds=before + time.time() - start)
-        squeeze.save(folder / "memory.pt", memory)
+        memory.update(b=b + 1, seconds=before + time.time() - start)
+        squeeze.save(folder / "memory.pt", {**memory, "layers": {name: tuple(seen) for name, seen in memory["layers"].items()}})
     return memory["seconds"]
 
 
@@ -397,7 +321,8 @@ def choose_teacher(args):
 
 
 def run(args, method, defaults, pairs_for):
-    """The stage after its flags, for recover.py and baselines.py. pairs_for(settings) -> distil's pairs_of."""
+    """The stage after its flags, for recover.py and baselines.py. pairs_for(settings, {name: Statistics} of the real
+    set) -> distil's pairs_of."""
     parent, flags = choose_teacher(args)
     preset = preset_of(args)
     s, device = squeeze.resolve(args, preset), squeeze.pick_device()
@@ -415,10 +340,7 @@ def run(args, method, defaults, pairs_for):
     network, teacher, parent_config = squeeze.load_teacher(parent, device)
     statistics = squeeze.load(parent, "statistics.pt", parent_config)
     squeeze.check_data(data, teacher, parent_config)
-    pairs_of = pairs_for(s)
-    real = stack(real_layers(statistics, s.get("layers", "conv"), s, device))
-    for psi, _ in sorted(real, key=lambda layer: -torch.linalg.matrix_norm(layer[0], 2).max()):
-        pairs_of(0, psi)                                   # refuses an unstable rate, by the largest eigenvalue first
+    pairs_of = pairs_for(s, real_layers(statistics, s, device))
     inputs = {"data": data.sha256, **parent_config["artefacts"]}
     folder = parent / run_name(method, s, {**defaults, **preset})
     s.update(data=str(Path(s["data"]).resolve()), precision=teacher["precision"])
@@ -432,7 +354,7 @@ def run(args, method, defaults, pairs_for):
 
 
 def main(argv):
-    run(parse(argv), parse(argv).filter, vars(parse([])), lambda s: lambda k, psi: cfm_pairs(k, s))
+    run(parse(argv), parse(argv).filter, vars(parse([])), lambda s, real: lambda k: pairs_of_round(k, s))
 
 
 if __name__ == "__main__":

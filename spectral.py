@@ -16,6 +16,7 @@ Suffixes: _real for the real set, _syn for the synthetic one.
 Needs torch and einops. No I/O, no global state, no device choice: everything happens where the arguments are.
 """
 import math
+import threading
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -23,11 +24,12 @@ import torch
 from einops import rearrange
 from torch import nn
 
-LAYOUTS = {"map": "b c h w -> (b h w) c", "tokens": "b t c -> (b t) c", "plain": "b c -> b c"}
+LAYOUTS = {"map": "b c ... -> (b ...) c", "tokens": "b ... c -> (b ...) c", "plain": "b c -> b c",
+           "sequence": "t b c -> (b t) c"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Features: the inputs of a frozen network's convolutions
+# Features: the inputs of a frozen network's modules
 
 def is_main_convolution(name, module):
     """The default choice of layers: every convolution but the shortcut ("downsample") ones."""
@@ -35,44 +37,86 @@ def is_main_convolution(name, module):
 
 
 @contextmanager
-def collect_inputs(network, select=is_main_convolution, transform=lambda features: features):
+def collected(network, select, reduce, outputs):
+    """The hooks behind collect_inputs and collect_moments: {name: reduce(name, module, features)}."""
+    layers, handles, owner = {}, [], threading.get_ident()
+
+    def begin(module, args):
+        if threading.get_ident() == owner:
+            layers.clear()
+
+    def hook_for(name):
+        def hook(module, args, kwargs, output=None):
+            if threading.get_ident() != owner:
+                return
+            features = output if outputs else next(iter((*args, *kwargs.values())), None)
+            features = features[0] if outputs and isinstance(features, tuple) else features
+            if not torch.is_tensor(features):
+                raise ValueError(f"module {name!r}: its {'output' if outputs else 'first input'} is a "
+                                 f"{type(features).__name__}, not a tensor: leave it out of select")
+            if name in layers:
+                raise ValueError(f"module {name!r} runs twice in a forward pass: leave it out of select")
+            layers[name] = reduce(name, module, features)
+        return hook
+
+    try:
+        handles.append(network.register_forward_pre_hook(begin))
+        for name, module in network.named_modules():
+            if select(name, module):
+                register = module.register_forward_hook if outputs else module.register_forward_pre_hook
+                handles.append(register(hook_for(name), with_kwargs=True))
+        if len(handles) == 1:
+            raise ValueError("select: no module of the network is selected")
+        yield layers
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def collect_inputs(network, select=is_main_convolution, transform=lambda features: features, outputs=False):
     """Collect `transform(input)` of every selected module during forward passes; the hooks are gone on leaving.
 
         with collect_inputs(network) as features:
             network(images)
         features["layer1.0.conv1"]                          # [B, C, H, W]
 
-    The dict is filled anew by each forward pass, in the order of execution. A `transform` such as `moments` keeps the
-    statistics instead of the features. select(name, module) -> bool. Raises ValueError if it selects nothing.
+    The dict is filled anew by each forward pass, in the order of execution. select(name, module) -> bool. outputs: what
+    a module returns instead. Raises ValueError if nothing is selected, or if a module runs twice.
     """
-    features, handles = {}, []
-
-    def hook_for(name):
-        def hook(module, inputs):
-            features[name] = transform(inputs[0])
-        return hook
-
-    try:
-        for name, module in network.named_modules():
-            if select(name, module):
-                handles.append(module.register_forward_pre_hook(hook_for(name)))
-        if not handles:
-            raise ValueError("collect_inputs: no module of the network is selected")
-        yield features
-    finally:
-        for handle in handles:
-            handle.remove()
+    return collected(network, select, lambda name, module, features: transform(features), outputs)
 
 
-def rows(features, layout="map"):
+def collect_moments(network, select=is_main_convolution, labels=None, layout=None, outputs=False):
+    """collect_inputs of each layer's `moments`, {name: Statistics}, with the layout inferred from the module."""
+    def reduce(name, module, features):
+        return moments(features, labels, layout or layout_of(name, module, features))
+    return collected(network, select, reduce, outputs)
+
+
+def layout_of(name, module, features):
+    """The layout of what a module takes or gives. Raises ValueError where it could be several."""
+    if features.ndim == 2:
+        return "plain"
+    if isinstance(module, nn.modules.conv._ConvNd) and features.ndim == len(module.kernel_size) + 2:
+        return "map"
+    if isinstance(module, nn.Linear) or isinstance(module, nn.RNNBase) and features.ndim == 3:
+        return "tokens" if getattr(module, "batch_first", True) else "sequence"
+    raise ValueError(f"layout of module {name!r} ({type(module).__name__}, {tuple(features.shape)}) is not certain: say "
+                     f"layout = one of {', '.join(LAYOUTS)}")
+
+
+def rows(features, layout=None):
     """Feature vectors as the rows of one matrix [n, C].
 
-    layout: "map" [B, C, H, W] -> n = B*H*W, "tokens" [B, T, C] -> n = B*T, "plain" [B, C] -> n = B. A view, not a copy,
-    of channels-last maps, tokens and plain features. Raises ValueError on an unknown layout, or another number of axes.
+    layout: "map" [B, C, ...] with one to three axes of pixels, "tokens" [B, ..., C] (tokens, or channels-last maps),
+    "sequence" [T, B, C], "plain" [B, C]. Inferred for two axes (plain) and four (map). A view, not a copy, of maps in
+    channels-last memory, tokens and plain features. Raises ValueError on an unknown layout, or another number of axes.
     """
+    layout = layout or {2: "plain", 4: "map"}.get(features.ndim)
     if layout not in LAYOUTS:
-        raise ValueError(f"layout {layout!r} found, must be one of {', '.join(LAYOUTS)}")
-    if features.ndim != len(LAYOUTS[layout].split("->")[0].split()) or features.numel() == 0:
+        raise ValueError(f"layout {layout!r} found for {tuple(features.shape)}, must be one of {', '.join(LAYOUTS)}")
+    axes = {"map": (3, 4, 5), "tokens": (3, 4, 5), "plain": (2,), "sequence": (3,)}[layout]
+    if features.ndim not in axes or features.numel() == 0:
         raise ValueError(f"layout {layout!r} takes {LAYOUTS[layout].split(' ->')[0]}, found {tuple(features.shape)}")
     return rearrange(features, LAYOUTS[layout])
 
@@ -107,57 +151,46 @@ class _Covariance(torch.autograd.Function):
         return torch.addmm(g / len(X) - A @ mean, single(X), A).to(X.dtype)
 
 
-def covariance(features, layout="map"):
-    """(FFC, mean) in one go: Psi = X^T X / n - m m^T [C, C] and m = X^T 1 / n [C], with X = rows(features).
+class Statistics(NamedTuple):
+    """What is kept of a layer: of a batch (differentiable), of a set, of the finished batches."""
+    count: int                              # n, feature vectors seen
+    mean: torch.Tensor                      # [C]
+    ffc: torch.Tensor                       # [C, C], covariance
+    flc: torch.Tensor | None = None         # [C, K], H^T Y / B
+    share: torch.Tensor | None = None       # [K], 1^T Y / B, the classes' shares
 
-    X is neither copied nor centred, so in float32 its error grows with |m|^2 / variance; features behind
-    a ReLU lose nothing by it. Steps out of autocast. Differentiable.
+    def to(self, *args):
+        """The same on another device or in another precision: Tensor.to of each part."""
+        return Statistics(self.count, *(part if part is None else part.to(*args) for part in self[1:]))
+
+
+def moments(features, labels=None, layout=None):
+    """The Statistics of one batch, with gradient: Psi = X^T X / n - m m^T and m = X^T 1 / n, with X = rows(features).
+
+    labels: Y [B, K], one-hot or soft, for the class-wise FLC, H^T Y / B (Eq. 15), with H [B, C] the features averaged
+    over pixels or tokens. X is neither copied nor centred, so in float32 the error of Psi grows with |m|^2 / variance.
+    Steps out of autocast. Raises ValueError if labels are not [B, K].
     """
     with torch.autocast(features.device.type, enabled=False):
-        return _Covariance.apply(rows(features, layout))
+        X = rows(features, layout)
+        psi, mean = _Covariance.apply(X)
+        return Statistics(len(X), mean, psi, *classwise(rows(features, layout), labels, layout, features))
 
 
-def ffc(features, layout="map"):
-    """FFC Psi [C, C] (Eq. 15): biased covariance of the feature vectors. It stands in for H^T H, which grows with n.
-
-    Centred or not: Eq. 15-18 (CFM) and covariance matching centre, so a direction counts by how much features vary
-    along it; a linear head without bias (Eq. 4-14: DC, MTT, FrePo) sees H^T H / n = Psi + m m^T (`second_moment`), in
-    which the mean is one more direction, behind a ReLU by far the largest.
-    """
-    return covariance(features, layout)[0]
-
-
-def second_moment(psi, mean):
-    """H^T H / n = Psi + m m^T [..., C, C], the uncentred FFC, from the covariance and the mean [..., C]."""
-    return psi + mean.unsqueeze(-1) * mean.unsqueeze(-2)
-
-
-def flc(features, labels=None, layout="map"):
-    """FLC Phi (Eq. 16): the mean feature vector [C], or with labels the class-wise form H^T Y / B [C, K] (Eq. 15).
-
-    labels: Y [B, K], one-hot or soft. H [B, C]: the features, averaged over pixels or tokens.
-    Raises ValueError if labels are not [B, K].
-    """
+def classwise(X, labels, layout, features):
+    """(H^T Y / B [C, K], 1^T Y / B [K]), or two None without labels."""
     if labels is None:
-        return single(rows(features, layout)).mean(0)
-    if labels.ndim != 2 or len(labels) != len(features):
-        raise ValueError(f"labels must be [B, K] with B = {len(features)} (see one_hot), found {tuple(labels.shape)}")
-    H = single(rows(features, layout))
-    H = rearrange(H, "(b p) c -> b p c", b=len(features)).mean(1)
-    with torch.autocast(H.device.type, enabled=False):
-        return H.T @ labels.to(H.dtype) / len(H)
+        return None, None
+    B = features.shape[1 if layout == "sequence" else 0]
+    if labels.ndim != 2 or len(labels) != B:
+        raise ValueError(f"labels must be [B, K] with B = {B} (see one_hot), found {tuple(labels.shape)}")
+    H = rearrange(single(X), "(b p) c -> b p c", b=B).mean(1)
+    Y = labels.to(H.dtype)
+    return H.T @ Y / B, Y.mean(0)
 
 
-class Statistics(NamedTuple):
-    """What one pass over a set leaves of a layer, in float64."""
-    count: int                  # n, feature vectors seen
-    mean: torch.Tensor          # [C]
-    ffc: torch.Tensor           # [C, C]
-    flc: torch.Tensor           # [C, K]
-
-
-def statistics(features, labels, layout="map"):
-    """The Statistics of one batch, without gradient. labels: Y [B, K].
+def statistics(features, labels=None, layout=None):
+    """The Statistics of one batch in float64, without gradient, to be merged into those of a whole set.
 
     Centred first (this pass can afford the copy), products in the features' precision over blocks of rows, their sum in
     float64: a float32 sum over 10^5 rows in one go was off by 2e-5.
@@ -167,23 +200,69 @@ def statistics(features, labels, layout="map"):
         mean = X.mean(0, dtype=torch.float64)
         centred = X - mean.to(X.dtype)
         psi = sum((block.T @ block).double() for block in centred.split(4096)) / len(X)
-        return Statistics(len(X), mean, psi, flc(features.detach(), labels, layout).double())
+        return Statistics(len(X), mean, psi, *classwise(X, labels, layout, features)).to(torch.float64)
 
 
-def pool(psi_a, mean_a, psi_b, mean_b, w):
-    """Covariance and mean of two disjoint sets together, exactly, the second of which holds a share w of the rows:
-        Psi = (1 - w) Psi_a + w Psi_b + w (1 - w) d d^T,  d = m_b - m_a  (Chan, Golub, LeVeque 1979).
-    Averaging covariances alone loses the last term, what lies between the means. Differentiable."""
-    shift = mean_b - mean_a
-    between = w * (1 - w) * shift.unsqueeze(-1) * shift.unsqueeze(-2)
-    return torch.lerp(psi_a, psi_b, w) + between, mean_a + w * shift
+def second_moment(psi, mean):
+    """H^T H / n = Psi + m m^T [..., C, C], the uncentred FFC, from the covariance and the mean [..., C].
+
+    Centred or not: Eq. 15-18 (CFM) and covariance matching centre, so a direction counts by how much features vary
+    along it; a linear head without bias (Eq. 4-14: DC, MTT, FrePo) sees H^T H / n, in which the mean is one more
+    direction, behind a ReLU by far the largest.
+    """
+    return psi + mean.unsqueeze(-1) * mean.unsqueeze(-2)
 
 
 def merge(a, b):
-    """The Statistics of two disjoint sets together: any split into batches, in any order, gives the global ones."""
-    n, w = a.count + b.count, b.count / (a.count + b.count)
-    psi, mean = pool(a.ffc, a.mean, b.ffc, b.mean, w)
-    return Statistics(n, mean, psi, torch.lerp(a.flc, b.flc, w))
+    """The Statistics of two disjoint sets together, exactly, in any split and order:
+        Psi = (1 - w) Psi_a + w Psi_b + w (1 - w) d d^T,  d = m_b - m_a,  w = n_b / n  (Chan, Golub, LeVeque 1979).
+    Averaging covariances alone loses the last term, what lies between the means. Differentiable."""
+    n, w, d = a.count + b.count, b.count / (a.count + b.count), b.mean - a.mean
+    psi = torch.lerp(a.ffc, b.ffc, w) + w * (1 - w) * d.unsqueeze(-1) * d.unsqueeze(-2)
+    return Statistics(n, a.mean + w * d, psi, *(average(x, y, w) for x, y in zip(a[3:], b[3:])))
+
+
+def emu(a, b, step):
+    """Eq. 17, exponential moving update: Psi^b = (1 - 1/b) Psi^(b-1) + (1/b) Psi_hat^b, b = 2, 3, ...: the mean of the
+    statistics of the batches so far.
+
+    A mean of covariances drops what lies between the batches' means (1-3 % of the trace for ten images) and takes
+    unequal batches for equal; `merge` does neither."""
+    if step < 2:
+        raise ValueError(f"step counts batches, this one included: 2 or more, found {step}")
+    return Statistics(a.count + b.count, *(average(x, y, 1 / step) for x, y in zip(a[1:], b[1:])))
+
+
+def average(x, y, w):
+    return None if x is None or y is None else torch.lerp(x, y, w)
+
+
+def join(memory, layers, update=merge):
+    """Layer by layer, the finished batches' {name: Statistics} (none: {}) updated by those of the current batch."""
+    return {name: update(memory[name], seen) if memory else seen for name, seen in layers.items()}
+
+
+@torch.no_grad()
+def real_statistics(network, batches, K, select=is_main_convolution, layout=None, forward=None):
+    """One pass over (images, labels [B]) batches: {name: Statistics} of the whole set, in float64.
+
+    forward(images, labels): what runs the network, if not network(images): under autocast, or to keep the logits.
+    Raises ValueError if the network is in training mode or there is no batch.
+    """
+    layers = {}
+    if network.training:
+        raise ValueError("network is in training mode: its statistics would change on the way: call network.eval()")
+    for images, labels in batches:
+        Y = nn.functional.one_hot(labels, K).to(images.device)
+
+        def reduce(name, module, features):
+            return statistics(features, Y, layout or layout_of(name, module, features))
+        with collected(network, select, reduce, False) as seen:
+            forward(images, labels) if forward else network(images)
+        layers = join(layers, seen)
+    if not layers:
+        raise ValueError("batches: none found")
+    return layers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,17 +419,6 @@ def symmetric(ffc):
 # ---------------------------------------------------------------------------------------------------------------------
 # Curriculum Frequency Matching
 
-def emu(previous, current, b):
-    """Eq. 17, exponential moving update: Psi^b = (1 - 1/b) Psi^(b-1) + (1/b) Psi_hat^b, b = 1, 2, ...: the mean of the
-    statistics of the batches so far. Only `current` carries gradient. previous may be None at b = 1.
-
-    A mean of covariances drops what lies between the batches' means (1-3 % of the trace for ten images) and takes
-    unequal batches for equal; `pool` does neither."""
-    if b < 1 or (b > 1 and previous is None):
-        raise ValueError(f"emu counts batches from 1 and needs the previous mean from 2 on, found b = {b}")
-    return current if b == 1 else torch.lerp(previous.detach(), current, 1 / b)
-
-
 def alpha_schedule(k, T, alpha_max, kind="cosine"):
     """Eq. 18: alpha_k = alpha_max (1 + cos(pi k / T)) / 2 for k = 0 .. T-1, from alpha_max (low frequencies pass)
     toward 0 (high ones do). kind: cosine, or the ablations linear, alpha_max (1 - k/T), and constant. ValueError
@@ -368,3 +436,59 @@ def filter_loss(filter_real, filter_syn):
 def signal_loss(filtered_real, filtered_syn):
     """Eq. 19, g(x) = x: || f(Psi) Phi - f(Psi_s) Phi_s ||_2 of signals [..., C, K] (K = 1: means). Not squared."""
     return torch.linalg.vector_norm(filtered_real - filtered_syn, dim=(-2, -1))
+
+
+def cfm_pairs(alpha):
+    """The pairs (g, f) of CFM, Eq. 19-20; alpha None: of its low-pass ablation LFM, f = lambda."""
+    f = low_pass() if alpha is None else ridge(alpha)
+    return [("I", f), ("x", f)]
+
+
+def filtered(layers, pairs, signal, centred, side):
+    """(pairs, what each of them compares) for a stack of layers [Statistics, ...] of equal C: f(Psi) [L, C, C], its
+    diagonal [L, C, 1], or f(Psi) Phi [L, C, K]. side: 0 real, 1 synthetic."""
+    mean, psi, flc, share = (None if parts[0] is None else torch.stack(parts) for parts in
+                             zip(*(layer[1:] for layer in layers)))
+    psi = psi if centred else second_moment(psi, mean)
+    if signal == "mean":
+        phi = mean.unsqueeze(-1)
+    else:
+        phi = flc / (share * share.shape[-1]).clamp(min=torch.finfo(share.dtype).tiny).unsqueeze(-2)
+    pairs, filters, out = pairs(psi) if callable(pairs) else pairs, {}, []
+    for g, *both in pairs:
+        f = both[min(side, len(both) - 1)]
+        if f not in filters:                               # CFM's two pairs share one factorisation
+            filters[f] = apply_filter(psi, f)
+        out.append(filters[f] @ phi if g == "x" else filters[f] if g == "I" else filters[f].diagonal(0, -2, -1)[..., None])
+    return pairs, out
+
+
+def matching(real, pairs, signal="mean", centred=True):
+    """The objective: loss(layers, memory={}, update=merge) -> sum over layers and pairs of
+        || f(Psi) g(Phi) - f_s(Psi_s) g(Phi_s) ||  (Eq. 1, 19),  _s: {name: Statistics} of a batch, and of those before it.
+
+    real: {name: Statistics}; its side is filtered once, here; layers of equal C go together. pairs: (g, f), or
+    (g, f_real, f_syn), or a function of a stack's real Psi [L, C, C] that returns them. g: "I" matches filters f(Psi),
+    "diag" their diagonals, "x" signals f(Psi) Phi. signal: Phi is the mean [C], or with "class" [C, K] the classes'
+    means over K, whatever their sizes, of the classes in the batch. centred: Psi is the covariance, else H^T H / n.
+    """
+    stacks = {}
+    for name, layer in real.items():
+        stacks.setdefault(len(layer.mean), []).append(name)
+    targets = [filtered([real[name] for name in names], pairs, signal, centred, 0) for names in stacks.values()]
+
+    def loss(layers, memory=None, update=merge):
+        if layers.keys() != real.keys():
+            raise ValueError(f"layers: {sorted(layers)} found, the real side has {sorted(real)}")
+        joined, total = join(memory, layers, update), 0
+        with torch.autocast(next(iter(layers.values())).mean.device.type, enabled=False):
+            for names, (chosen, wanted) in zip(stacks.values(), targets):
+                found = filtered([joined[name] for name in names], chosen, signal, centred, 1)[1]
+                for (g, *_), a, b in zip(chosen, wanted, found):
+                    a = a.to(b.dtype)
+                    if g == "x" and signal == "class":
+                        here = torch.stack([layers[name].share for name in names]).unsqueeze(-2) > 0
+                        a, b = a * here, b * here
+                    total = total + (signal_loss if g == "x" else filter_loss)(a, b).sum()
+        return total
+    return loss

@@ -255,41 +255,40 @@ def test_what_emu_remembers(here, monkeypatch, kind, emu):
         memories.append(copy.deepcopy(content)) if path.name == "memory.pt" else None, save(path, content)))
     monkeypatch.setattr(recover, "view_statistics", lambda *args: seen.append(look(*args)) or seen[-1])
     recover.main([*TINY, "--batch", "3", "--signal", kind, "--emu", emu])
-    assert [memory["b"] for memory in memories] == [1, 2, 3, 4, 5, 6] and memories[-1]["rows"] == 12
+    memories = [{name: spectral.Statistics(*parts) for name, parts in memory["layers"].items()} for memory in memories]
+    assert len(memories) == 6 and [next(iter(memory.values())).count / 1024 for memory in
+                                       memories] == np.cumsum(rows).tolist()
     for b in range(1, 7):
         weight = torch.tensor(rows[:b], dtype=torch.float64) if emu == "pool" else torch.ones(b, dtype=torch.float64)
         weight /= weight.sum()
         for name in seen[0]:
-            psi, mean = (torch.stack([part[name][i].double() for part in seen[:b]]) for i in (0, 1))
+            psi, mean = (torch.stack([getattr(part[name], key).double() for part in seen[:b]]) for key in ("ffc", "mean"))
             wanted = torch.einsum("b,bij->ij", weight, psi), weight @ mean
             if emu == "pool":                              # E[x x^T] - m m^T, over all rows
                 second = psi + mean[:, :, None] * mean[:, None]
                 wanted = torch.einsum("b,bij->ij", weight, second) - torch.outer(wanted[1], wanted[1]), wanted[1]
-            for found, exact in zip(memories[b - 1]["layers"][name], wanted):
-                assert torch.allclose(found.double(), exact, rtol=1e-4, atol=1e-5)
+            found = memories[b - 1][name]
+            for value, exact in zip((found.ffc, found.mean), wanted):
+                assert torch.allclose(value.double(), exact, rtol=1e-4, atol=1e-5)
             if kind == "class":                            # classes 0-2 are in the odd batches, 3 in the even ones
-                parts = [torch.stack([part[name][2] for part in seen[first:b:2]]) for first in (0, 1) if first < b]
-                phi = torch.cat([part.mean(0) for part in parts], 1)
-                assert torch.allclose(memories[b - 1]["layers"][name][2][:, :phi.shape[1]], phi, rtol=1e-4, atol=1e-6)
+                for classes, first in (([0, 1, 2], 0), ([3], 1)):
+                    phi = [part[name].flc[:, classes] * len(classes) for part in seen[first:b:2]]
+                    if phi:
+                        assert torch.allclose((found.flc / found.share)[:, classes], sum(phi) / len(phi), rtol=1e-4, atol=1e-6)
 
 
-def test_uncentred_moments_are_h_transposed_h(here):
+def test_uncentred_moments_are_h_transposed_h():
     """What DC, MTT and FrePo compare, real side and synthetic side after three batches, against H^T H / n itself, on
     features whose mean is many deviations long."""
     torch.manual_seed(0)
-    s = dict(signal="mean", emu="paper", uncentred=True)
-    sets = [torch.randn(4, 5, dtype=torch.float64) + 30 for _ in range(3)]
-    memory = dict(b=0, rows=0, layers={})
+    sets, memory = [torch.randn(4, 5, dtype=torch.float64) + 30 for _ in range(3)], {}
     for b, H in enumerate(sets, 1):
-        current = {"x": (*spectral.covariance(H, "plain"), None)}
-        joined = recover.join(memory, current, b - 1, torch.arange(4), s)
-        recover.remember(memory, joined, torch.arange(4), 4)
-        memory.update(b=b, rows=memory["rows"] + 4)
-        (found, phi), H = recover.objective(joined, s)["x"], torch.cat(sets[:b])
-        assert torch.allclose(found, H.T @ H / len(H), rtol=1e-10) and torch.allclose(phi[:, 0], H.mean(0))
-    seen = spectral.statistics(H, torch.ones(len(H), 1), "plain")
-    stored = dict(layers={"x": seen._asdict()}, head="none", class_counts=torch.tensor([12]))
-    assert torch.allclose(recover.real_layers(stored, "conv", s, "cpu")["x"][0], H.T @ H / len(H), rtol=1e-10)
+        memory = spectral.join(memory, {"x": spectral.moments(H)}, recover.update_of(b, dict(emu="paper", uncentred=True)))
+        (_, (found, phi)), H = spectral.filtered(list(memory.values()), baselines.dc({}), "mean", False, 1), torch.cat(sets[:b])
+        assert torch.allclose(found[0], H.T @ H / len(H), rtol=1e-10) and torch.allclose(phi[0, :, 0], H.mean(0))
+    stored = dict(layers={"x": spectral.statistics(H)._asdict()}, head="none", class_counts=torch.tensor([12]))
+    real = recover.real_layers(stored, {}, "cpu")["x"]
+    assert torch.allclose(spectral.second_moment(real.ffc, real.mean), H.T @ H / len(H), rtol=1e-10)
 
 
 def test_view_statistics_are_those_of_the_views(here):
@@ -307,12 +306,12 @@ def test_view_statistics_are_those_of_the_views(here):
         seen.append({name: value.clone() for name, value in features.items()})
     for emu in ("pool", "paper"):
         s = {"signal": "mean", "emu": emu}
-        with recover.layer_statistics(network, "conv", None, s, None) as current:
+        with recover.collect(network, s, None, None) as current:
             found = recover.view_statistics(images, network, current, teacher, np.random.default_rng(5), 3, s)
         for name in found:
-            wanted = spectral.ffc(torch.cat([part[name] for part in seen])) if emu == "pool" else \
-                sum(spectral.ffc(part[name]) for part in seen) / 3
-            assert torch.allclose(found[name][0], wanted, rtol=1e-3, atol=1e-5)
+            wanted = spectral.moments(torch.cat([part[name] for part in seen])).ffc if emu == "pool" else \
+                sum(spectral.moments(part[name]).ffc for part in seen) / 3
+            assert torch.allclose(found[name].ffc, wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_same_seed_same_bytes_and_a_killed_run_resumes_to_them(here):
