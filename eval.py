@@ -1,15 +1,14 @@
-"""Stage 4, eval: train students on nothing but the distilled set, test them on the real test set.
+"""Stage 4, eval: train students on nothing but the distilled set and test them on the real test set; or look at the
+images (--report), or write them as PNGs (--export).
 
     python eval.py runs/toy-convnet/cfm-ipc10                                      a minute on two CPU cores
     python eval.py runs/cifar10-convnet/cfm-ipc10 runs/cifar10-convnet/real-ipc10  two runs, one recipe, one table
-    python eval.py runs/toy-convnet/cfm-ipc10 --export DIR                         the images as PNGs, for other code
 
 Each epoch shows a student the views that relabel.py showed the teacher, with the teacher's soft labels as the target
 (KL divergence at temperature T). Reported is the last epoch, mean and deviation over seeds, of the averaged student:
 the exponential average of the weights (0.99 a step). Raw last epochs swing by points; best test epochs flatter;
 neither is used. Missing labels are made first. Writes RUN/result.json.
 """
-import argparse
 import math
 import time
 from pathlib import Path
@@ -26,105 +25,113 @@ import recover
 import relabel
 import spectral
 import squeeze
-from squeeze import BadInput, number
-
-# Images a step for N images, as in the authors' code; toy is ours.
-BATCH = {"toy": lambda N: 25, "cifar10": lambda N: 50 if N <= 100 else 100,
-           "cifar100": lambda N: 100 if N <= 1000 else 200, "tiny": lambda N: 100,
-           "imagenet": lambda N: 100, "folder": lambda N: 100}
-
-
-def learning_rate(progress, s):
-    """Rate at `progress` in [0, 1]: a cosine to zero, or `stretched` to end at half the rate (the authors' code)."""
-    return s["lr"] * (1 + math.cos(math.pi * progress / (2 if s["schedule"] == "stretched" else 1))) / 2
-
-
-def student_loss(logits, target, s):
-    """KL(teacher || student) at temperature T, mean over the batch; --hard: cross-entropy to CutMix's mixed labels."""
-    if s["hard"]:
-        return F.cross_entropy(logits, target)
-    student, teacher = F.log_softmax(logits / s["temperature"], 1), F.log_softmax(target / s["temperature"], 1)
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-
-
-def answers(run, content, images, label_settings, s, device):
-    """answer(epoch, views) -> what the students are to say to an epoch's views, [N, K]: the stored logits; with
-    --online the teacher's, asked now (rounded as if stored); with --hard one-hot labels, mixed by area."""
-    K, size = len(content["classes"]), images.shape[-1]
-    hot = F.one_hot(content["labels"], K).float().to(device)
-    if s["online"]:
-        network, teacher, _ = squeeze.load_teacher(s["teacher"] or Path(run).resolve().parent, device)
-
-    def answer(epoch, views):
-        if s["hard"]:
-            share = relabel.patch_mask(views.patch, size).float().mean((1, 2, 3))[:, None]
-            return (1 - share) * hot + share * hot[views.partner]
-        if s["online"]:
-            asked = relabel.soft_labels(network, teacher, images, views, 500)
-            return torch.cat([part.half().float() for part in asked])
-        return relabel.read_epoch(relabel.label_folder(run, s["teacher"]), label_settings, epoch, K).to(device)
-    return answer
-
-
-def train_student(content, images, answer, label_settings, s, identity, seed, checkpoint):
-    """One student, from scratch or from its checkpoint: (student, averaged student, seconds).
-
-    images: uint8, on the device. identity: what a checkpoint must have been made with to be continued. The average's
-    decay after n steps is min(ema, (1 + n) / (10 + n)), so that nothing of the random start is left in it."""
-    device, K, N, size = images.device, len(content["classes"]), len(images), images.shape[-1]
-    torch.manual_seed(seed)
-    student, step = squeeze.build_network(s["network"], K, size, content["precision"]).to(device), 0
-
-    def update(averages, weights, count):                  # count is on the device: reading it would wait
-        get_ema_multi_avg_fn(min(s["ema"], (1 + step) / (10 + step)))(averages, weights, count)
-    average = AveragedModel(student, multi_avg_fn=update, use_buffers=True)
-    optimizer = torch.optim.AdamW(student.parameters(), s["lr"], weight_decay=s["wd"])
-    steps, first, before = math.ceil(N / s["batch"]), 0, 0.0
-    if checkpoint.is_file():
-        state = squeeze.load_state(checkpoint)
-        if state["identity"] != identity:
-            raise BadInput(f"{checkpoint}: a student of other labels or settings: remove it")
-        student.load_state_dict(state["student"]), average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, before = state["epoch"], state["seconds"]
-    start, saved = time.time(), time.time()
-    for epoch in range(first, s["epochs"]):
-        stored = epoch % label_settings["keep_epochs"]
-        views = relabel.draw_views(label_settings["seed"], stored, N, size, label_settings["scale"]).to(device)
-        wanted = answer(stored, views)
-        order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(N)).to(device)
-        student.train()
-        for step, index in enumerate(order.split(s["batch"]), epoch * steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step / (s["epochs"] * steps), s)
-            view = squeeze.normalise(relabel.render(images, views, index), content["mean"], content["std"])
-            with squeeze.autocast(student):
-                logits = student(view)
-            loss = student_loss(logits.float(), wanted[index], s)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            average.update_parameters(student)
-        if time.time() - saved > 60:
-            saved, seconds = time.time(), before + time.time() - start
-            rate = (time.time() - start) / (epoch + 1 - first) / 60
-            squeeze.save(checkpoint, dict(identity=identity, student=student.state_dict(), average=average.state_dict(),
-                                          optimizer=optimizer.state_dict(), epoch=epoch + 1, seconds=seconds))
-            print(f"{checkpoint.parent.name}: {s['network']} seed {seed} epoch {epoch + 1}/{s['epochs']}  "
-                  f"loss {loss.item():.4f}  {(s['epochs'] - epoch - 1) * rate:.1f} min left",
-                  flush=True)
-    if not all(weight.isfinite().all() for weight in student.parameters()):
-        raise BadInput(f"--lr {s['lr']}: the student's weights are not finite: use a lower one")
-    return student, average.module, before + time.time() - start
-
+from squeeze import BadInput, Namespace, number
 
 RECIPE = ("teacher", "validate", "epochs", "lr", "wd", "batch", "temperature", "schedule", "ema", "hard", "online")
 
 
+def learning_rate(progress, args):
+    """Rate at `progress` in [0, 1]: a cosine to zero, or `stretched` to end at half the rate (the authors' code)."""
+    return args.lr * (1 + math.cos(math.pi * progress / (2 if args.schedule == "stretched" else 1))) / 2
+
+
+def student_loss(logits, target, args):
+    """KL(teacher || student) at temperature T, mean over the batch; --hard: cross-entropy to CutMix's mixed labels."""
+    if args.hard:
+        return F.cross_entropy(logits, target)
+    student, teacher = F.log_softmax(logits / args.temperature, 1), F.log_softmax(target / args.temperature, 1)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def answers(job, args):
+    """answer(epoch, views) -> what the students are to say to an epoch's views, [N, K]: the stored logits; with
+    --online the teacher's, asked now (rounded as if stored); with --hard one-hot labels, mixed by area."""
+    device, K, folder = job.images.device, len(job.content["classes"]), relabel.label_folder(job.run, args.teacher)
+    hot = F.one_hot(job.content["labels"], K).float().to(device)
+    if args.online:
+        network, teacher, _ = squeeze.load_teacher(args.teacher or Path(job.run).resolve().parent, device)
+
+    def answer(epoch, views):
+        if args.hard:
+            share = relabel.patch_mask(views.patch, job.images.shape[-1]).float().mean((1, 2, 3))[:, None]
+            return (1 - share) * hot + share * hot[views.partner]
+        if args.online:
+            asked = relabel.soft_labels(network, teacher, job.images, views, 500)
+            return torch.cat([part.half().float() for part in asked])
+        return relabel.read_epoch(folder, job.labels, epoch, K).to(device)
+    return answer
+
+
+def make_student(job, args, seed):
+    """(student, its average, optimiser). The average's decay after n steps is min(ema, (1 + n) / (10 + n)): with a
+    constant one, 9 % of the random start would be left after 240 steps."""
+    torch.manual_seed(seed)
+    student = squeeze.build_network(args.network, len(job.content["classes"]), job.images.shape[-1],
+                                    job.content["precision"]).to(job.images.device)
+    optimizer = torch.optim.AdamW(student.parameters(), args.lr, weight_decay=args.wd)
+
+    def update(averages, weights, count):                  # count is on the device: reading it would wait
+        n = job.step
+        get_ema_multi_avg_fn(min(args.ema, (1 + n) / (10 + n)))(averages, weights, count)
+    return student, AveragedModel(student, multi_avg_fn=update, use_buffers=True), optimizer
+
+
+def train_epoch(job, args, student, average, optimizer, epoch):
+    """One epoch of a student on its views and labels. Returns the last step's loss."""
+    content, N, stored = job.content, len(job.images), epoch % job.labels["keep_epochs"]
+    views = relabel.draw_views(job.labels["seed"], stored, N, job.images.shape[-1], job.labels["scale"])
+    views = views.to(job.images.device)
+    wanted, steps = job.answer(stored, views), math.ceil(N / args.batch)
+    order = torch.from_numpy(np.random.default_rng([job.seed, epoch]).permutation(N)).to(job.images.device)
+    student.train()
+    for job.step, index in enumerate(order.split(args.batch), epoch * steps):
+        optimizer.param_groups[0]["lr"] = learning_rate(job.step / (args.epochs * steps), args)
+        view = squeeze.normalise(relabel.render(job.images, views, index), content["mean"], content["std"])
+        with squeeze.autocast(student):
+            logits = student(view)
+        loss = student_loss(logits.float(), wanted[index], args)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        average.update_parameters(student)
+    return loss
+
+
+def train_student(job, args, seed, checkpoint):
+    """One student, from scratch or from its checkpoint (of at most a minute ago): (student, averaged student, seconds).
+
+    job: content (of images.pt), images (uint8, on the device), labels (settings of relabel.py), answer (see answers)
+    and identity, what a checkpoint must have been made with to be continued."""
+    (student, average, optimizer), job.seed, first, before = make_student(job, args, seed), seed, 0, 0.0
+    parts = dict(student=student, average=average, optimizer=optimizer)
+    if checkpoint.is_file():
+        state = squeeze.load_state(checkpoint)
+        if state["identity"] != job.identity:
+            raise BadInput(f"{checkpoint}: a student of other labels or settings: remove it")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        first, before = state["epoch"], state["seconds"]
+    start = saved = time.time()
+    for epoch in range(first, args.epochs):
+        loss = train_epoch(job, args, student, average, optimizer, epoch)
+        if time.time() - saved > 60:
+            saved, rate = time.time(), (time.time() - start) / (epoch + 1 - first) / 60
+            squeeze.save(checkpoint, dict(identity=job.identity, epoch=epoch + 1, seconds=before + time.time() - start,
+                                          **{name: part.state_dict() for name, part in parts.items()}))
+            print(f"{checkpoint.parent.name}: {args.network} seed {seed} epoch {epoch + 1}/{args.epochs}  "
+                  f"loss {loss.item():.4f}  {(args.epochs - epoch - 1) * rate:.1f} min left", flush=True)
+    if not all(weight.isfinite().all() for weight in student.parameters()):
+        raise BadInput(f"--lr {args.lr}: the student's weights are not finite: use a lower one")
+    return student, average.module, before + time.time() - start
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One row of the table: all seeds of one student network on one run
+
 def label_source(run, config, args):
-    """Settings, hash and bytes of the labels a run's students learn from: RUN/labels, checked, or with --online and
-    --hard, which need none stored, the preset's."""
-    folder, preset = relabel.label_folder(run, args.teacher), relabel.PRESETS[config["settings"]["dataset"]]
+    """Settings, hash and bytes of the labels a run's students learn from: those relabel.py stored, checked, or with
+    --online and --hard, which need none, the preset's."""
+    folder, preset = relabel.label_folder(run, args.teacher), squeeze.PRESETS[config["settings"]["dataset"]]["relabel"]
     _, teacher = relabel.labeller(run, config, args.teacher)
     if args.online or args.hard:
         epochs = args.epochs or preset["epochs"]
@@ -146,43 +153,48 @@ def test_set(run, args, device):
     """The data set of a run, checked to be the teacher's, its test split in memory if it is small. --validate: held-out
     training images, which the teacher must not have seen."""
     content, config, parent = relabel.load_run(run)
-    s, validate = config["settings"], squeeze.read_config(parent, "squeeze")["settings"]["validate"]
+    settings, validate = config["settings"], squeeze.read_config(parent, "squeeze")["settings"]["validate"]
     if args.validate != validate:
         raise BadInput(f"--validate: the teacher of {run} was trained with{'' if validate else 'out'} it: "
                        f"{'add it' if validate else 'leave it out, or squeeze.py --validate'}")
-    data = squeeze.load_data(s["dataset"], args.data or s["data"], content["images"].shape[-1], len(content["classes"]),
-                             validate)
+    data = squeeze.load_data(settings["dataset"], args.data or settings["data"], content["images"].shape[-1],
+                             len(content["classes"]), validate)
     squeeze.check_data(data, content, config)
     return data._replace(test=squeeze.in_memory(data, data.test, device))
 
 
-def evaluate(run, network, data, source, args, device):
-    """All seeds of one student network on one run; result.json after each seed. source: label_source's. Returns the
-    row of the table."""
+def recipe(argv, dataset, N):
+    """The flags of a recipe, resolved for N images: few are trained in small batches, as in the authors' code."""
+    args, preset = parse(argv), squeeze.PRESETS[dataset]
+    few, small, large = preset["batch"]
+    squeeze.fill(args, dict(epochs=preset["relabel"]["epochs"], batch=small if N <= few else large))
+    args.batch = min(args.batch, N)
+    return args
+
+
+def evaluate(run, network, data, source, argv):
+    """result.json after each seed. source: label_source's. Returns the row of the table."""
     content, config, _ = relabel.load_run(run)
-    dataset, folder, images = config["settings"]["dataset"], Path(run), content["images"].to(device)
-    label_settings, label_hash, label_bytes = source
-    defaults = {**vars(parse([run])), "epochs": relabel.PRESETS[dataset]["epochs"],
-                "batch": min(BATCH[dataset](len(images)), len(images))}
-    s = {key: defaults[key] if value is None else value for key, value in vars(args).items()}
-    s.update(network=network, batch=min(s["batch"], len(images)), epochs=args.epochs or label_settings["epochs"])
-    recipe = {key: s[key] for key in RECIPE}
-    path, name = folder / "result.json", "-".join([network, *squeeze.changed(recipe, defaults)])
-    identity = {"settings": {"network": network, **recipe, "precision": content["precision"]}, "views": label_settings,
+    images, dataset = content["images"].to(squeeze.pick_device()), config["settings"]["dataset"]
+    labels, label_hash, label_bytes = source
+    args, defaults = (recipe(flags, dataset, len(images)) for flags in (argv, [run]))
+    args.network, args.epochs = network, parse(argv).epochs or labels["epochs"]
+    chosen = {key: getattr(args, key) for key in RECIPE}
+    path, name = Path(run) / "result.json", "-".join([network, *squeeze.changed(chosen, vars(defaults))])
+    identity = {"settings": {"network": network, **chosen, "precision": content["precision"]}, "views": labels,
                 "labels": label_hash, "images": config["artefacts"]["images.pt"]}
     result = squeeze.read_json(path)
     row = result.setdefault(name, {**identity, "seeds": {}})
     if any(row.get(key) != identity[key] for key in identity):
         raise BadInput(f"{path}: {name} there is of other labels, images or settings: remove it to evaluate anew")
-    answer = answers(run, content, images, label_settings, s, device)
-    print(f"settings: run={run} network={network} " + " ".join(f"{key}={s[key]}" for key in ("seeds", *RECIPE)))
-    for seed in range(s["seeds"]):
+    job = Namespace(run=run, content=content, images=images, labels=labels, identity=identity)
+    job.answer = answers(job, args)
+    squeeze.show(Namespace(run=run, network=network, seeds=args.seeds, **chosen))
+    for seed in range(args.seeds):
         if str(seed) not in row["seeds"]:
-            checkpoint = folder / f"student-{name}-{seed}.pt"
-            raw, averaged, seconds = train_student(content, images, answer, label_settings, s, identity, seed,
-                                                   checkpoint)
-            score, raw_score = (squeeze.accuracy(net, data, content["mean"], content["std"], device)
-                                for net in (averaged, raw))
+            checkpoint = path.with_name(f"student-{name}-{seed}.pt")
+            raw, averaged, seconds = train_student(job, args, seed, checkpoint)
+            score, raw_score = (squeeze.accuracy(net, data, content) for net in (averaged, raw))
             row["seeds"][str(seed)] = {"averaged": score, "raw": raw_score, "seconds": seconds}
             print(f"{run}: {name} seed {seed}: {score:.2f} % averaged, {raw_score:.2f} % raw, {seconds:.0f} s",
                   flush=True)
@@ -190,6 +202,15 @@ def evaluate(run, network, data, source, args, device):
             squeeze.save(path, result)
             checkpoint.unlink(missing_ok=True)
     return row
+
+
+def summary(seeds):
+    """Mean and deviation (of the sample; 0 for one seed) over seeds of both students."""
+    out = {"seconds": sum(seed["seconds"] for seed in seeds)}
+    for kind in ("averaged", "raw"):
+        scores = np.array([seed[kind] for seed in seeds])
+        out[kind], out[kind + "_std"] = scores.mean(), scores.std(ddof=1) if len(scores) > 1 else 0.0
+    return out
 
 
 def export(run, target):
@@ -207,15 +228,6 @@ def export(run, target):
     except OSError as error:
         raise BadInput(f"--export {target}: cannot be written ({error.strerror}): name another folder") from error
     print(f"exported {sum(seen)} images to {target}")
-
-
-def summary(seeds):
-    """Mean and deviation (of the sample; 0 for one seed) over seeds of both students."""
-    out = {"seconds": sum(seed["seconds"] for seed in seeds)}
-    for kind in ("averaged", "raw"):
-        scores = np.array([seed[kind] for seed in seeds])
-        out[kind], out[kind + "_std"] = scores.mean(), scores.std(ddof=1) if len(scores) > 1 else 0.0
-    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,20 +289,20 @@ def svg(path, curves, title, x_label, y_label):
     path.write_text("\n".join(out) + "\n</svg>\n")
 
 
-def responses(s, layer):
+def responses(args, layer):
     """{label: f(lambda)} of a recover or baselines run over the real spectrum of a layer; empty for real images."""
-    if s["iterations"] == 0:
+    if args.iterations == 0:
         return {}
-    psi = spectral.second_moment(layer["ffc"], layer["mean"]) if s.get("uncentred") else layer["ffc"]
-    lam = torch.linalg.eigvalsh(psi).clamp(min=0)
-    if "method" in s:
-        pairs = baselines.METHODS[s["method"]][0](s)
-        pairs = {"": pairs(psi[None]) if callable(pairs) else pairs}
+    psi = layer["ffc"] if args.centred else spectral.second_moment(layer["ffc"], layer["mean"])
+    if "method" in args:
+        pairs = baselines.METHODS[args.method][0](args)
+        curves = {f", g = {pair[0]}": pair[1] for pair in (pairs(psi[None]) if callable(pairs) else pairs)}
+    elif args.filter == "cfm" and args.ipc > 1:
+        curves = {f" round {k + 1}": recover.cfm_pairs(k, args)[0][1] for k in (0, args.ipc - 1)}
     else:
-        rounds = (0, s["ipc"] - 1) if s["filter"] == "cfm" and s["ipc"] > 1 else (0,)
-        pairs = {f" round {k + 1}" if len(rounds) > 1 else "": recover.pairs_of_round(k, s) for k in rounds}
-    return {f"{name}, g = {g}": (lam.tolist(), f(lam[None])[0].tolist()) for name, group in pairs.items()
-            for g, f, *_ in ({pair[0]: pair for pair in group}.values() if "method" in s else group[:1])}
+        curves = {"": recover.cfm_pairs(0, args)[0][1]}
+    lam = torch.linalg.eigvalsh(psi).clamp(min=0)
+    return {label: (lam.tolist(), f(lam[None])[0].tolist()) for label, f in curves.items()}
 
 
 def report(runs, device):
@@ -312,7 +324,7 @@ def report(runs, device):
                           psd=power.tolist(), seconds=run_config["results"].get("seconds"))
         curves[name] = radius.tolist(), power.tolist()
         if "iterations" in run_config["settings"]:
-            found = responses(run_config["settings"], statistics["layers"][layer])
+            found = responses(Namespace(**run_config["settings"]), statistics["layers"][layer])
             filters.update({f"{name}{label}": curve for label, curve in found.items()})
         by_round = images.view(ipc, K, *images.shape[1:]) if len(images) == ipc * K else images[None, :K]
         tiles += [by_round[k, c % K] for k in (0, len(by_round) - 1) for c in range(10)]
@@ -335,34 +347,27 @@ def report(runs, device):
 # The stage
 
 def parse(argv):
-    parser = squeeze.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN",
-                        help="folders made by recover.py, baselines.py or relabel.py --images")
-    parser.add_argument("--network", nargs="+", choices=squeeze.STUDENTS,
-                        help="students (default: the teacher's network)")
-    parser.add_argument("--seeds", type=number(int, 1), default=3, help="students a row, seeds 0, 1, ... (default 3)")
-    parser.add_argument("--epochs", type=number(int, 1), help="default: as many as there are labels for")
-    parser.add_argument("--lr", type=number(float, 0, strict=True), default=1e-3, help="of AdamW (default 1e-3)")
-    parser.add_argument("--wd", type=number(float, 0), default=1e-2, help="weight decay (default 1e-2)")
-    parser.add_argument("--batch", type=number(int, 2))
-    parser.add_argument("--temperature", type=number(float, 0, strict=True), default=20.0,
-                        help="of the soft labels (default 20)")
-    parser.add_argument("--schedule", choices=["stretched", "cosine"], default="stretched",
-                        help="stretched: a cosine that ends at half the rate, as the authors' code; cosine: at zero")
-    parser.add_argument("--ema", type=number(float, 0), default=0.99,
-                        help="averaging of the student, a step (default 0.99, less in the first steps)")
-    parser.add_argument("--teacher", metavar="DIR", help="the squeeze run whose labels students learn from (default: the "
-                        "one whose spectra were matched)")
-    parser.add_argument("--validate", action="store_true", help="test on held-out training images, to choose settings; "
-                        "for runs of a teacher of squeeze.py --validate")
-    parser.add_argument("--hard", action="store_true", help="hard labels instead of the teacher's, on the same views")
-    parser.add_argument("--online", action="store_true", help="ask the teacher at every epoch and store no labels")
-    parser.add_argument("--data", metavar="DIR", help="where the test set lies (default: where recover.py found it)")
-    parser.add_argument("--export", metavar="DIR", help="only write RUN's images to DIR as an image folder of PNGs")
-    parser.add_argument("--report", action="store_true",
-                        help="only compare the RUNs' images: spectra, similarity, pictures")
-    parser.add_argument("--resume", action="store_true",
-                        help="continue what is in result.json and unfinished students")
+    parser = squeeze.Parser(__doc__)
+    add = parser.add_argument_group("what").add_argument
+    add("runs", nargs="+", metavar="RUN", help="folders made by recover.py, baselines.py or relabel.py --images")
+    add("--network", nargs="+", choices=squeeze.STUDENTS, help="students (default: the teacher's network)")
+    add("--teacher", metavar="DIR", help="whose labels students learn (default: the one whose spectra were matched)")
+    add("--validate", action="store_true", help="test on images held out by squeeze.py --validate, to choose settings")
+    add("--report", action="store_true", help="only compare the RUNs' images: spectra, similarity, pictures")
+    add("--export", metavar="DIR", help="only write RUN's images to DIR as an image folder of PNGs")
+    add("--data", metavar="DIR", help="where the test set lies (default: where recover.py found it)")
+    add = parser.add_argument_group("how").add_argument
+    add("--seeds", type=number(int, 1), default=3, help="students a row, seeds 0, 1, ... (default 3)")
+    add("--epochs", type=number(int, 1), help="passes over the images (default: as many as there are labels for)")
+    add("--batch", type=number(int, 2), help="images a step (toy 25; CIFAR-10 50 up to IPC 10; else 100 or 200)")
+    add("--lr", type=number(float, 0, strict=True), default=1e-3, help="rate of AdamW (default 1e-3)")
+    add("--wd", type=number(float, 0), default=1e-2, help="weight decay (default 1e-2)")
+    add("--schedule", choices=["stretched", "cosine"], default="stretched",
+        help="of the rate: a cosine that ends at half of it (default, as the authors' code), or at zero")
+    add("--ema", type=number(float, 0), default=0.99, help="averaging of the student, a step (default 0.99)")
+    add("--temperature", type=number(float, 0, strict=True), default=20.0, help="of the soft labels (default 20)")
+    add("--hard", action="store_true", help="hard labels instead of the teacher's, on the same views")
+    add("--online", action="store_true", help="ask the teacher at every epoch and store no labels")
     args = parser.parse_args(argv)
     if args.ema >= 1:
         raise BadInput(f"--ema {args.ema} found, must be < 1")
@@ -371,6 +376,19 @@ def parse(argv):
     if args.hard and args.teacher:
         raise BadInput("--teacher has no effect with --hard: leave one out")
     return args
+
+
+def show_table(table, args):
+    print("\n%-44s %-24s %-13s %13s %13s %10s %10s %8s" % ("run", "labels of", "student", "averaged", "raw", "images",
+                                                           "labels", "time"))
+    for run, network, row in table:
+        whose = "none" if args.hard else Path(args.teacher or Path(run).resolve().parent).resolve().name
+        print("%-44s %-24s %-13s %6.2f ± %4.2f %6.2f ± %4.2f %7.2f MB %7.2f MB %6.0f s" % (
+            run, whose, network, *(row[key] for key in ("averaged", "averaged_std", "raw", "raw_std")),
+            row["image_bytes"] / 1e6, row["label_bytes"] / 1e6, row["seconds"]))
+    print(f"top-1 {'held-out' if args.validate else 'test'} accuracy in %, last epoch, mean and deviation over "
+          f"{len(row['seeds'])} seeds; peak memory {squeeze.peak_memory(squeeze.pick_device()):.0f} MB\n"
+          "next: the same with recover.py --iterations 0, the honest rival")
 
 
 def main(argv):
@@ -393,16 +411,8 @@ def main(argv):
             relabel.ensure(run, args.teacher, args.epochs, args.resume)
             sources[run] = label_source(run, relabel.load_run(run)[1], args)
     for run, network in jobs:
-        table.append((run, network, evaluate(run, network, sets[run], sources[run], args, device)))
-    print(f"\n{'run':44s} {'labels of':24s} {'student':13s} {'averaged':>13s} {'raw':>13s} {'images':>10s} {'labels':>10s} "
-          f"{'time':>8s}")
-    for run, network, row in table:
-        whose = "none" if args.hard else Path(args.teacher or Path(run).resolve().parent).resolve().name
-        print(f"{run:44s} {whose:24s} {network:13s} {row['averaged']:6.2f} ± {row['averaged_std']:4.2f} {row['raw']:6.2f} ± "
-              f"{row['raw_std']:4.2f} {row['image_bytes'] / 1e6:7.2f} MB {row['label_bytes'] / 1e6:7.2f} MB "
-              f"{row['seconds']:6.0f} s")
-    print(f"top-1 {'held-out' if args.validate else 'test'} accuracy in %, last epoch, mean and deviation over {len(row['seeds'])} seeds; peak memory "
-          f"{squeeze.peak_memory(device):.0f} MB\nnext: the same with recover.py --iterations 0, the honest rival")
+        table.append((run, network, evaluate(run, network, sets[run], sources[run], argv)))
+    show_table(table, args)
 
 
 if __name__ == "__main__":

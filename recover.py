@@ -1,5 +1,5 @@
 """Stage 2, recover: optimise the synthetic images until their spectra match the real ones (Curriculum Frequency
-Matching).
+Matching). A missing teacher is squeezed first.
 
     python recover.py                                                    toy images, one to two minutes on two CPU cores
     python recover.py --dataset cifar10 --network convnet --ipc 10       a minute or less on one CPU core
@@ -13,10 +13,9 @@ frequencies of the teacher's features, late ones the high. One batch: start from
 random view, push it through the frozen teacher, and step on  CE + gamma * sum over layers of (filter loss + signal
 loss)  (Eq. 19-20).
 
-Writes runs/<dataset>-<network>/<run>/ with images.pt, preview.png, config.json and log.jsonl. A missing teacher is
-squeezed first. Baselines run through the same loop (baselines.py).
+Writes runs/<dataset>-<network>/<run>/ with images.pt, preview.png, config.json and log.jsonl. Baselines run through the
+same loop (baselines.py).
 """
-import argparse
 import functools
 import math
 import time
@@ -29,57 +28,7 @@ from torchvision.utils import make_grid, save_image
 
 import spectral
 import squeeze
-from squeeze import BadInput, number
-
-PRESETS = {                                                # paper, Tables 9-12; toy is ours
-    "toy": dict(alpha_max=0.1, iterations=100, lr=0.1, batch=10, gamma=0.1, init="real", emu="paper"),
-    "cifar10": dict(alpha_max=0.1, iterations=1000, lr=0.25, batch=10, gamma=0.1, init="real", emu="paper"),
-    "cifar100": dict(alpha_max=0.1, iterations=1000, lr=0.25, batch=100, gamma=0.1, init="real", emu="paper"),
-    "tiny": dict(alpha_max=1.0, iterations=1000, lr=0.1, batch=200, gamma=0.1, init="real", emu="paper"),
-    "imagenet": dict(alpha_max=0.1, iterations=1000, lr=0.1, batch=500, gamma=0.1, init="real", emu="paper"),
-    "folder": dict(alpha_max=0.1, iterations=1000, lr=0.1, batch=200, gamma=0.1, init="real", emu="paper"),
-}
-# What did better where it was measured (README, "What the iterations buy"): a better start, steps that keep it, and a
-# matching loss that outweighs cross-entropy.
-OURS = {name: dict(init="confident", iterations=100, lr=0.02, gamma=10.0) for name in ("cifar10", "cifar100")}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The objective (spectral.matching): its pairs, its real side, and how batches join
-
-def pairs_of_round(k, s):
-    """The pairs of CFM in round k (Eq. 18-20), or of its ablations --filter high and low, --loss filter and signal."""
-    pairs = spectral.cfm_pairs(alpha_of_round(k, s))
-    return [pair for pair in pairs if s["loss"] in ("both", {"I": "filter", "x": "signal"}[pair[0]])]
-
-
-def alpha_of_round(k, s):
-    """alpha_k. high: alpha_max / 100 throughout, a fixed sharp filter; low: none, f is lambda."""
-    if s["filter"] == "low":
-        return None
-    if s["filter"] == "high":
-        return s["alpha_max"] / 100
-    return spectral.alpha_schedule(k, s["ipc"], s["alpha_max"], s["schedule"])
-
-
-def real_layers(found, s, device):
-    """{name: Statistics} of the layers to match: the convolutions, or with --layers last the last linear layer."""
-    share, last = found["class_counts"] / found["class_counts"].sum(), s.get("layers") == "last"
-    return {name: spectral.Statistics(**{**layer, "share": share}).to(device)
-            for name, layer in found["layers"].items() if (name == found["head"]) == last}
-
-
-def collect(network, s, head, Y):
-    """A collect_moments context of the same layers. Y [B, K]: labels, looked at where signals are class-wise."""
-    select = (lambda name, module: name == head) if s.get("layers") == "last" else spectral.is_main_convolution
-    return spectral.collect_moments(network, select, Y if s["signal"] == "class" else None)
-
-
-def update_of(b, s):
-    """How batch b = 1, 2, ... joins those before it. --emu pool: as if all feature vectors were one set; paper: Eq. 17,
-    the mean over batches, except for H^T H, whose mean is pooling."""
-    pooled = s["emu"] == "pool" or s.get("uncentred")
-    return spectral.merge if pooled else functools.partial(spectral.emu, step=b)
+from squeeze import BadInput, Namespace, number
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,55 +46,74 @@ def random_views(rng, T, B, size, device):
     return view
 
 
-def optimise(images, labels, network, matching_loss, s, teacher, rng, report):
-    """T Adam steps on a batch of normalised images [B, 3, S, S]. matching_loss(): the loss of the network's last
-    forward pass; report(t, cross-entropy, matching) is called every 100 iterations. Returns the images."""
-    T, view = s["iterations"], random_views(rng, s["iterations"], len(images), images.shape[-1], images.device)
-    black, white = (torch.full((1, 3, 1, 1), level, dtype=torch.uint8, device=images.device) for level in (0, 255))
-    low, high = (squeeze.normalise(level, teacher["mean"], teacher["std"]) for level in (black, white))
-    images.requires_grad_()
-    optimizer = torch.optim.Adam([images], s["lr"], betas=(0.5, 0.9))
+def optimise(images, losses, view, teacher, args, report):
+    """T Adam steps on uint8 images [B, 3, S, S]; returns what they became. losses(x): cross-entropy and matching
+    loss of a view; view(images, t); report(t, cross-entropy, matching) is called every 100 iterations."""
+    T, levels = args.iterations, torch.tensor([0, 255], dtype=torch.uint8, device=images.device).view(2, 1, 1, 1)
+    black, white = squeeze.normalise(levels.expand(2, 3, 1, 1), teacher["mean"], teacher["std"]).split(1)
+    images = squeeze.normalise(images, teacher["mean"], teacher["std"]).requires_grad_()
+    optimizer = torch.optim.Adam([images], args.lr, betas=(0.5, 0.9))
     for t in range(T):
-        optimizer.param_groups[0]["lr"] = s["lr"] * (1 + math.cos(math.pi * t / T)) / 2
-        with squeeze.autocast(network):
-            logits = network(view(images, t))
-        entropy, matching = F.cross_entropy(logits.float(), labels), matching_loss()
-        images.grad, = torch.autograd.grad(entropy + s["gamma"] * matching, images)
+        optimizer.param_groups[0]["lr"] = args.lr * (1 + math.cos(math.pi * t / T)) / 2
+        entropy, matching = losses(view(images, t))
+        images.grad, = torch.autograd.grad(entropy + args.gamma * matching, images)
         optimizer.step()
         with torch.no_grad():
-            images.clamp_(low, high)
+            images.clamp_(black, white)
         if t % 100 == 99 or t == T - 1:                    # reading a loss waits for the GPU
             report(t + 1, entropy.item(), matching.item())
-    return images.detach()
-
-
-@torch.no_grad()
-def view_statistics(images, network, current, teacher, rng, views, s):
-    """What EMU remembers of a finished batch: {layer: Statistics} over random views of the images as saved, with the
-    weight of one view.
-
-    Views, since the next batches are seen through views: a crop blown up to full size has less high frequency than a
-    whole image, and a memory of whole images would make late batches answer for the difference, b-fold.
-    """
-    images, seen = squeeze.normalise(images, teacher["mean"], teacher["std"]), {}
-    view = random_views(rng, views, len(images), images.shape[-1], images.device)
-    for t in range(views):
-        with squeeze.autocast(network):
-            network(view(images, t))
-        seen = spectral.join(seen, current, update_of(t + 1, s))
-    return {name: layer._replace(count=layer.count // views) for name, layer in seen.items()}
+    return to_uint8(images.detach(), teacher)
 
 
 def to_uint8(images, teacher):
     """Normalised [B, 3, S, S] -> uint8 levels, rounded (a truncating cast would darken by half a level)."""
     mean, std = (torch.tensor(teacher[v], device=images.device).view(1, 3, 1, 1) for v in ("mean", "std"))
-    return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).contiguous().cpu()
+    return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).contiguous()
+
+
+def updates(args, step):
+    """How statistics join those of the step - 1 before them: Eq. 17, or as if all feature vectors were one set, which
+    are the same for H^T H / n."""
+    paper = args.emu == "paper" and args.centred and step > 1
+    return functools.partial(spectral.emu, step=step) if paper else spectral.merge
+
+
+@torch.no_grad()
+def view_statistics(images, network, layers, view, teacher, args):
+    """What EMU remembers of a finished batch: {layer: Statistics} over random views of the images as saved.
+
+    Views, since the next batches are seen through views: a crop blown up to full size has less high frequency than a
+    whole image, and a memory of whole images would make late batches answer for the difference, b-fold.
+    """
+    images, seen, T = squeeze.normalise(images, teacher["mean"], teacher["std"]), {}, min(10, args.iterations)
+    for t in range(T):
+        with squeeze.autocast(network):
+            network(view(images, t))
+        seen = spectral.join(seen, layers, updates(args, t + 1))
+    return {name: layer._replace(count=layer.count // T) for name, layer in seen.items()}      # they weigh as one batch
+
+
+def make_batch(job, args, images, classes, memory, rng):
+    """Optimise the starting images [B, 3, S, S] of `classes` [B]; EMU's memory then holds them too. uint8 to uint8."""
+    Y = F.one_hot(classes, len(job.teacher["classes"])) if args.signal == "class" else None
+    old, update = {} if args.emu == "off" else memory["layers"], updates(args, memory["b"] + 1)
+    views = lambda T: random_views(rng, T, len(images), images.shape[-1], images.device)
+    with spectral.collect_moments(job.network, job.select, Y) as layers:
+        def losses(x):
+            with squeeze.autocast(job.network):
+                logits = job.network(x)
+            return F.cross_entropy(logits.float(), classes), job.matching(layers, old, update)
+        images = optimise(images, losses, views(args.iterations), job.teacher, args, job.report)
+        if args.emu != "off":
+            seen = view_statistics(images, job.network, layers, views(min(10, args.iterations)), job.teacher, args)
+            memory["layers"] = spectral.join(old, seen, update)
+    return images
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # All batches
 
-def initial_images(data, index, k, classes, s, rng):
+def initial_images(data, index, k, classes, args, rng):
     """uint8 [B, 3, S, S]: round k's training image of each class of the chunk, or Gaussian noise."""
     if index is not None:
         return squeeze.take(data, data.train, index[k, classes])
@@ -153,8 +121,22 @@ def initial_images(data, index, k, classes, s, rng):
     return torch.from_numpy(noise.clip(0, 255).astype(np.uint8))
 
 
+def starting_images(data, ipc, confidence=None):
+    """index [ipc, K]: row k holds the position of the k-th training image of every class; with confidence [n], of the
+    k-th most confident one. BadInput if a class has fewer images."""
+    columns = []
+    for c, name in enumerate(data.classes):
+        own = (data.train.labels == c).nonzero().flatten()
+        if len(own) < ipc:
+            raise BadInput(f"--ipc {ipc}: class {name!r} has {len(own)} training images; use at most that many")
+        if confidence is not None:
+            own = own[confidence[own].argsort(descending=True, stable=True)]
+        columns.append(own[:ipc])
+    return torch.stack(columns, 1)
+
+
 def resumed(folder, chunks, K, pixels, device):
-    """What a killed run left: batches done, their mean statistics (EMU) and the seconds they took."""
+    """What a killed run left: batches done, their statistics together (EMU) and the seconds they took."""
     if not (folder / "memory.pt").is_file():
         return dict(b=0, layers={}, seconds=0.0)
     memory, raw = squeeze.load_state(folder / "memory.pt"), folder / "images.raw"
@@ -165,76 +147,55 @@ def resumed(folder, chunks, K, pixels, device):
     return memory
 
 
-def distil(folder, data, network, teacher, statistics, pairs_of, s, device):
+def distil(job, args):
     """Make all batches of a run, round by round. A finished one goes to images.raw at once, and memory.pt says how many
     there are and holds the EMU: a killed run goes on with the next batch, and memory does not grow with IPC.
 
-    pairs_of(k): the pairs of round k, as spectral.matching takes them. Returns seconds.
+    job: folder, data, network, teacher (teacher.pt's dict), confidence [n], real {layer: Statistics}, select, and
+    pairs_of(k), the pairs of Theorem 1 in round k. Returns seconds.
     """
-    K = len(data.classes)
-    chunks = torch.arange(K).split(s["batch"])
-    index = None if s["init"] == "noise" else starting_images(
-        data, s["ipc"], statistics["confidence"] if s["init"] == "confident" else None)
-    memory = resumed(folder, len(chunks), K, 3 * data.size**2, device)
-    real, total, done = real_layers(statistics, s, device), s["ipc"] * len(chunks), memory["b"]
-    start, before = time.time(), memory["seconds"]
+    K, device = len(job.data.classes), squeeze.pick_device()
+    chunks = torch.arange(K).split(args.batch)
+    index = None if args.init == "noise" else starting_images(job.data, args.ipc,
+                                                              job.confidence if args.init == "confident" else None)
+    memory, total = resumed(job.folder, len(chunks), K, 3 * job.data.size**2, device), args.ipc * len(chunks)
+    done, start, before = memory["b"], time.time(), memory["seconds"]
 
     def report(t, entropy, matching):                      # b and k are the loop's
-        rate = ((b - done) * s["iterations"] + t) / (time.time() - start)
-        left = ((total - b) * s["iterations"] - t) / rate
-        print(f"round {k + 1}/{s['ipc']} batch {b + 1}/{total} iteration {t}/{s['iterations']}  CE {entropy:.3f}  "
+        rate = ((b - done) * args.iterations + t) / (time.time() - start)
+        left = ((total - b) * args.iterations - t) / rate
+        print(f"round {k + 1}/{args.ipc} batch {b + 1}/{total} iteration {t}/{args.iterations}  CE {entropy:.3f}  "
               f"matching {matching:.4g}  {rate:.1f} it/s  {left / 60:.1f} min left", flush=True)
         if not math.isfinite(entropy + matching):
-            raise BadInput(f"{folder}: the loss is not finite in batch {b + 1}: lower --lr or raise --alpha-max")
-        if t == s["iterations"]:
-            squeeze.log(folder, batch=b + 1, round=k, ce=entropy, matching=matching)
-
+            raise BadInput(f"{job.folder}: the loss is not finite in batch {b + 1}: lower --lr or raise --alpha-max")
+        if t == args.iterations:
+            squeeze.log(job.folder, batch=b + 1, round=k, ce=entropy, matching=matching)
+    job.report = report
     for b in range(done, total):
-        k, here = b // len(chunks), chunks[b % len(chunks)]
-        rng = np.random.default_rng([s["seed"], b])        # a batch's randomness depends on nothing before it
-        classes = here.to(device)
-        images = initial_images(data, index, k, here, s, rng)
-        if s["iterations"]:
+        k, classes = b // len(chunks), chunks[b % len(chunks)]
+        rng = np.random.default_rng([args.seed, b])        # a batch's randomness depends on nothing before it
+        images = initial_images(job.data, index, k, classes, args, rng)
+        if args.iterations:
             if b == done or b % len(chunks) == 0:          # the real side is constant within a round
-                loss = spectral.matching(real, pairs_of(k), s["signal"], not s.get("uncentred"))
-            with collect(network, s, statistics["head"], F.one_hot(classes, K)) as current:
-                update = update_of(b + 1, s)
-                images = optimise(squeeze.normalise(images.to(device), teacher["mean"], teacher["std"]), classes, network,
-                                  lambda: loss(current, memory["layers"], update), s, teacher, rng, report)
-                images = to_uint8(images, teacher)
-                if s["emu"] != "off":
-                    seen = view_statistics(images.to(device), network, current, teacher, rng, min(10, s["iterations"]), s)
-                    memory["layers"] = spectral.join(memory["layers"], seen, update)
-        with open(folder / "images.raw", "r+b" if b else "wb") as file:
-            file.seek(images[0].numel() * (k * K + int(here[0])))
+                job.matching = spectral.matching(job.real, job.pairs_of(k), args.signal, args.centred)
+            images = make_batch(job, args, images.to(device), classes.to(device), memory, rng).cpu()
+        with open(job.folder / "images.raw", "r+b" if b else "wb") as file:
+            file.seek(images[0].numel() * (k * K + int(classes[0])))
             file.write(images.numpy().tobytes())
         memory.update(b=b + 1, seconds=before + time.time() - start)
-        squeeze.save(folder / "memory.pt", {**memory, "layers": {name: tuple(seen) for name, seen in memory["layers"].items()}})
+        squeeze.save(job.folder / "memory.pt", {**memory, "layers": {name: tuple(layer) for name, layer in
+                                                                     memory["layers"].items()}})
     return memory["seconds"]
 
 
-def starting_images(data, ipc, confidence=None):
-    """index [ipc, K]: row k holds the position of the k-th training image of every class; with confidence [n], of the
-    k-th most confident one. BadInput if a class has fewer images."""
-    columns = []
-    for c, name in enumerate(data.classes):
-        mine = (data.train.labels == c).nonzero().flatten()
-        if len(mine) < ipc:
-            raise BadInput(f"--ipc {ipc}: class {name!r} has {len(mine)} training images; use at most that many")
-        if confidence is not None:
-            mine = mine[confidence[mine].argsort(descending=True, stable=True)]
-        columns.append(mine[:ipc])
-    return torch.stack(columns, 1)
-
-
-def finish(folder, config, teacher, s, seconds):
+def finish(folder, config, teacher, args, seconds):
     """images.raw becomes images.pt, with all that is needed to use it, and preview.png (rows = classes)."""
-    K, S, n = len(teacher["classes"]), teacher["size"], s["ipc"] * len(teacher["classes"])
+    K, S, n = len(teacher["classes"]), teacher["size"], args.ipc * len(teacher["classes"])
     images = torch.from_file(str(folder / "images.raw"), size=n * 3 * S * S, dtype=torch.uint8).view(n, 3, S, S)
-    squeeze.save(folder / "images.pt", dict(
-        images=images, labels=torch.arange(K).repeat(s["ipc"]), classes=teacher["classes"], mean=teacher["mean"],
-        std=teacher["std"], precision=teacher["precision"], settings={key: s[key] for key in s if key != "data"}, inputs=config["inputs"]))
-    shown = images.view(s["ipc"], K, 3, S, S)[:10, :20].transpose(0, 1)
+    about = {key: teacher[key] for key in ("classes", "mean", "std", "precision")}
+    squeeze.save(folder / "images.pt", dict(images=images, labels=torch.arange(K).repeat(args.ipc), **about,
+                                            settings=squeeze.settings(args, ("data",)), inputs=config["inputs"]))
+    shown = images.view(args.ipc, K, 3, S, S)[:10, :20].transpose(0, 1)
     save_image(make_grid(shown.reshape(-1, 3, S, S).float() / 255, nrow=shown.shape[1], padding=1),
                folder / "preview.png")
     squeeze.finish_run(folder, config, ["images.pt"], seconds=seconds, image_bytes=images.numel())
@@ -245,64 +206,71 @@ def finish(folder, config, teacher, s, seconds):
 # ---------------------------------------------------------------------------------------------------------------------
 # The stage
 
+def cfm_pairs(k, args):
+    """The pairs of CFM in round k (Eq. 18-20), or of its ablations. --filter high: alpha_max / 100 throughout, a fixed
+    sharp filter; low: f is lambda. --loss: one of Eq. 19's two."""
+    alpha = {"low": None, "high": (args.alpha_max or 0) / 100}.get(args.filter, 0)
+    if args.filter == "cfm":
+        alpha = spectral.alpha_schedule(k, args.ipc, args.alpha_max, args.schedule)
+    filter_pair, signal_pair = spectral.cfm_pairs(alpha)
+    return {"filter": [filter_pair], "signal": [signal_pair], "both": [filter_pair, signal_pair]}[args.loss]
+
+
 def add_flags(parser):
     """The flags that recover.py and baselines.py share."""
-    parser.add_argument("--teacher", metavar="DIR", help="the squeeze run to use (default: the data set's and network's, "
-                        "made if absent)")
-    parser.add_argument("--dataset", choices=list(PRESETS), help="default: the teacher's, or toy")
-    parser.add_argument("--data", metavar="DIR",
-                        help="where the data set lies (default: where squeeze.py found it, or data)")
-    parser.add_argument("--network", choices=squeeze.TEACHERS,
-                        help="the teacher (default: convnet for toy, else resnet18)")
-    parser.add_argument("--ipc", type=number(int, 1), default=10, help="images per class (default 10)")
-    parser.add_argument("--preset", choices=["ours", "paper"], default="ours",
-                        help="what flags left out take; they differ on CIFAR: --init, --iterations, --lr, --gamma")
-    parser.add_argument("--init", choices=["confident", "real", "noise"],
-                        help="start from the training images the teacher is surest of (default on CIFAR), the first "
-                        "ones of a class (elsewhere, and with --iterations 0), or noise")
-    parser.add_argument("--iterations", type=number(int, 0), help="Adam steps a batch; 0: the random-real baseline")
-    parser.add_argument("--lr", type=number(float, 0, strict=True),
-                        help="Adam's learning rate on pixels, cosine to zero")
-    parser.add_argument("--batch", type=number(int, 1), help="classes a batch, one image of each")
-    parser.add_argument("--gamma", type=number(float, 0), help="weight of the matching losses (0.1; CIFAR: 10)")
-    parser.add_argument("--emu", choices=["pool", "paper", "off"], help="memory of finished batches: their features as "
-                        "one set (default), Eq. 17 (--preset paper), or none (the authors' code unless asked)")
-    parser.add_argument("--seed", type=number(int, 0), default=0)
-    parser.add_argument("--resume", action="store_true", help="continue what is in the run folder")
+    add = parser.add_argument_group("what").add_argument
+    add("--dataset", choices=list(squeeze.PRESETS), help="default: the teacher's, or toy")
+    add("--data", metavar="DIR", help="where it lies (default: where squeeze.py found it, or data)")
+    add("--network", choices=squeeze.TEACHERS, help="the teacher's (default: convnet for toy, else resnet18)")
+    add("--teacher", metavar="DIR", help="the squeeze run to use (default: the data set's, made if absent)")
+    add("--ipc", type=number(int, 1), default=10, help="images per class (default 10)")
+    add = parser.add_argument_group("how").add_argument
+    add("--preset", choices=["ours", "paper"], default="ours", help="what flags left out take (default ours)")
+    add("--init", choices=["confident", "real", "noise"], help="start from the training images the teacher is surest\n"
+        "of (CIFAR), the first ones of a class (else, and with --iterations 0), or noise")
+    add("--iterations", type=number(int, 0), help="Adam steps a batch (CIFAR, toy 100; paper 1000); 0: real images")
+    add("--lr", type=number(float, 0, strict=True), help="Adam's rate on pixels (CIFAR 0.02, else 0.1; paper 0.25)")
+    add("--batch", type=number(int, 1), help="classes a batch, one image of each (toy 10, CIFAR all, else 200)")
+    add("--gamma", type=number(float, 0), help="weight of the matching losses (CIFAR 10, else 0.1)")
+    add("--emu", choices=["pool", "paper", "off"], help="memory of finished batches: their features as one set\n"
+        "(default), Eq. 17 (--preset paper), or none (the authors' code unless asked)")
+    add("--seed", type=number(int, 0), default=0, help="default 0")
 
 
 def parse(argv):
-    parser = squeeze.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = squeeze.Parser(__doc__)
     add_flags(parser)
-    parser.add_argument("--alpha-max", type=number(float, 0, strict=True), help="where the curriculum starts, > 0")
-    parser.add_argument("--schedule", choices=["cosine", "linear", "constant"], default="cosine",
-                        help="of alpha over rounds")
-    parser.add_argument("--filter", choices=["cfm", "high", "low"], default="cfm",
-                        help="cfm: 1/(lambda + alpha_k); high: the same with alpha_max / 100 throughout; low: lambda")
-    parser.add_argument("--loss", choices=["both", "filter", "signal"], default="both", help="which of Eq. 19's two")
-    parser.add_argument("--signal", choices=["mean", "class"], default="mean",
-                        help="FLC: mean [C], or class-wise [C, K]")
+    add = parser.add_argument_group("spectra").add_argument
+    add("--alpha-max", type=number(float, 0, strict=True), help="where the curriculum starts, > 0 (tiny 1, else 0.1)")
+    add("--schedule", choices=["cosine", "linear", "constant"], default="cosine", help="of alpha over rounds")
+    add("--filter", choices=["cfm", "high", "low"], default="cfm",
+        help="cfm: 1/(lambda + alpha_k); high: the same with alpha_max / 100 throughout; low: lambda")
+    add("--loss", choices=["both", "filter", "signal"], default="both", help="which of Eq. 19's two")
+    add("--signal", choices=["mean", "class"], default="mean", help="FLC: mean [C], or class-wise [C, K]")
     args = parser.parse_args(argv)
     for flag, useless in (("alpha-max", args.filter == "low" and args.alpha_max),
                           ("schedule", args.filter != "cfm" and args.schedule != "cosine")):
         if useless:
             raise BadInput(f"--{flag} has no effect with --filter {args.filter}: leave it out")
+    args.centred, args.layers = True, "conv"
     return args
-
-
-def run_name(method, s, defaults):
-    """The run's folder: method and IPC, then every setting that is not the default, so that no two runs share one."""
-    if s["iterations"] == 0 and s["init"] != "noise":
-        return f"{s['init']}-ipc{s['ipc']}"
-    hidden = ("dataset", "data", "network", "teacher", "precision", "ipc", "filter", "method", "uncentred")
-    return "-".join([method, f"ipc{s['ipc']}", *squeeze.changed(s, defaults, hidden)])
 
 
 def preset_of(args):
     """What flags left out take: the paper's settings, or ours where we have some. Zero iterations are the random-real
     baseline under both."""
-    ours = {"emu": "pool", **OURS.get(args.dataset, {})} if args.preset == "ours" and args.iterations != 0 else {}
-    return {**PRESETS[args.dataset], "network": squeeze.PRESETS[args.dataset]["network"], **ours}
+    preset = squeeze.PRESETS[args.dataset]
+    ours = preset["ours"] if args.preset == "ours" and args.iterations != 0 else {}
+    return {**preset["recover"], **ours, "network": preset["network"]}
+
+
+def run_name(method, args, defaults):
+    """The run's folder: method and IPC, then every setting that is not the default, so that no two runs share one."""
+    if args.iterations == 0 and args.init != "noise":
+        return f"{args.init}-ipc{args.ipc}"
+    hidden = ("dataset", "data", "network", "teacher", "ipc", "filter", "method", "centred", "resume")
+    defaults = {**vars(defaults), **preset_of(args)}
+    return "-".join([method, f"ipc{args.ipc}", *squeeze.changed(vars(args), defaults, hidden)])
 
 
 def choose_teacher(args):
@@ -311,50 +279,56 @@ def choose_teacher(args):
         made = squeeze.read_config(args.teacher, "squeeze", True)["settings"]
         for flag in ("dataset", "network"):
             if getattr(args, flag) not in (None, made[flag]):
-                raise BadInput(f"--{flag} {getattr(args, flag)}: --teacher {args.teacher} is of {made[flag]}: leave one out")
+                raise BadInput(f"--{flag} {getattr(args, flag)}: --teacher {args.teacher} is of {made[flag]}: "
+                               "leave one out")
             setattr(args, flag, made[flag])
         return Path(args.teacher), []
     args.dataset = args.dataset or "toy"
     flags = ["--dataset", args.dataset, "--network", args.network or squeeze.PRESETS[args.dataset]["network"],
              "--data", args.data or "data"]
-    return squeeze.teacher_folder(squeeze.settings(flags)), flags
+    return squeeze.teacher_folder(squeeze.parse(flags)), flags
 
 
 def run(args, method, defaults, pairs_for):
-    """The stage after its flags, for recover.py and baselines.py. pairs_for(settings, {name: Statistics} of the real
-    set) -> distil's pairs_of."""
-    parent, flags = choose_teacher(args)
-    preset = preset_of(args)
-    s, device = squeeze.resolve(args, preset), squeeze.pick_device()
-    squeeze.show(s)
+    """The stage after its flags, for recover.py and baselines.py. pairs_for(args, real) -> pairs_of(k); defaults: args
+    with no flag given."""
+    (parent, flags), device = choose_teacher(args), squeeze.pick_device()
+    squeeze.fill(args, preset_of(args))
+    squeeze.show(args)
     made = squeeze.read_config(parent, "squeeze", args.resume)["settings"] if parent.is_dir() else {}
-    s["data"] = s["data"] or made.get("data", "data")
-    data = squeeze.load_data(s["dataset"], s["data"], *(made.get(key) for key in ("size", "classes", "validate")))
-    if s["init"] != "noise":
-        starting_images(data, s["ipc"])
-    K, N = len(data.classes), s["ipc"] * len(data.classes)
-    batches = s["ipc"] * math.ceil(K / s["batch"])
-    print(f"plan: {s['ipc']} rounds of {K} images, {batches} batches of {s['iterations']} iterations on {device}; "
-          f"images {3e-6 * N * data.size**2:.1f} MB, soft labels {2e-6 * N * K:.2f} MB an epoch", flush=True)
+    args.data = str(Path(args.data or made.get("data", "data")).resolve())
+    data = squeeze.load_data(args.dataset, args.data, *(made.get(key) for key in ("size", "classes", "validate")))
+    if args.init != "noise":
+        starting_images(data, args.ipc)
+    K, N = len(data.classes), args.ipc * len(data.classes)
+    print(f"plan: {args.ipc} rounds of {K} images, {args.ipc * math.ceil(K / args.batch)} batches of {args.iterations} "
+          f"iterations on {device}; images {3e-6 * N * data.size**2:.1f} MB, labels {2e-6 * N * K:.2f} MB an epoch",
+          flush=True)
     squeeze.ensure(parent, flags, args.resume)
     network, teacher, parent_config = squeeze.load_teacher(parent, device)
-    statistics = squeeze.load(parent, "statistics.pt", parent_config)
     squeeze.check_data(data, teacher, parent_config)
-    pairs_of = pairs_for(s, real_layers(statistics, s, device))
-    inputs = {"data": data.sha256, **parent_config["artefacts"]}
-    folder = parent / run_name(method, s, {**defaults, **preset})
-    s.update(data=str(Path(s["data"]).resolve()), precision=teacher["precision"])
-    config = squeeze.open_run(folder, "recover", s, inputs, args.resume)
+    found = squeeze.load(parent, "statistics.pt", parent_config)
+    select = (lambda name, module: name == found["head"]) if args.layers == "last" else spectral.is_main_convolution
+    names = [name for name in found["layers"] if (name == found["head"]) == (args.layers == "last")]
+    job = Namespace(data=data, network=network, teacher=teacher, confidence=found["confidence"], select=select,
+                    folder=parent / run_name(method, args, defaults),
+                    real={name: spectral.Statistics(**found["layers"][name]).to(device) for name in names})
+    job.pairs_of = pairs_for(args, job.real)               # refuses an unstable rate
+    args.precision = teacher["precision"]
+    config = squeeze.open_run(job.folder, "recover", squeeze.settings(args),
+                              {"data": data.sha256, **parent_config["artefacts"]}, args.resume)
     if not config["artefacts"]:
-        seconds = distil(folder, data, network, teacher, statistics, pairs_of, s, device)
-        finish(folder, config, teacher, s, seconds)
-    squeeze.checked(folder, "images.pt", config)
-    print(f"images: {folder / 'images.pt'}, {config['results']['seconds']:.0f} s, peak memory "
-          f"{squeeze.peak_memory(device):.0f} MB; look at {folder / 'preview.png'}\nnext: python eval.py {folder}")
+        seconds = distil(job, args)
+        finish(job.folder, config, teacher, args, seconds)
+    squeeze.checked(job.folder, "images.pt", config)
+    print(f"images: {job.folder / 'images.pt'}, {config['results']['seconds']:.0f} s, peak memory "
+          f"{squeeze.peak_memory(device):.0f} MB; look at {job.folder / 'preview.png'}\n"
+          f"next: python eval.py {job.folder}")
 
 
 def main(argv):
-    run(parse(argv), parse(argv).filter, vars(parse([])), lambda s, real: lambda k: pairs_of_round(k, s))
+    args = parse(argv)
+    run(args, args.filter, parse([]), lambda args, real: lambda k: cfm_pairs(k, args))
 
 
 if __name__ == "__main__":

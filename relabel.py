@@ -1,17 +1,16 @@
-"""Stage 3, relabel: store the teacher's soft label for a random view of every image, for every epoch (FKD).
+"""Stage 3, relabel: store the teacher's soft label for a random view of every image, for every epoch of the students
+(FKD, as SRe2L has it).
 
     python relabel.py runs/toy-convnet/cfm-ipc10                     seconds
-    python relabel.py runs/cifar10-convnet/cfm-ipc10                 up to three minutes on one CPU core
     python relabel.py runs/cifar10-convnet/cfm-ipc10 --teacher DIR   another teacher's labels, for eval.py --teacher DIR
     python relabel.py runs/cifar10-convnet --images DIR              another method's images, DIR/<class>/*
 
 A view (crop box, flip, CutMix partner and patch) is a pure function of (seed, epoch, image): eval.py rebuilds exactly
 the pixels that the teacher saw, whatever its batch size, order or device, so that nothing but the labels has to be
-stored. Writes RUN/labels/ (labels-<teacher> for another one) with soft_labels.npy (float16 logits [E, N, K]), config.json and log.jsonl. Where full
-labels are too large (ImageNet at IPC 50: 28 GB for 0.75 GB of images), --keep-epochs stores fewer epochs and --top-k
-fewer logits.
+stored. Writes RUN/labels/, or RUN/labels-<teacher>/: soft_labels.npy (float16 logits [E, N, K]), config.json and
+log.jsonl. Where full labels are too large (ImageNet at IPC 50: 28 GB for 0.75 GB of images), --keep-epochs stores fewer
+epochs and --top-k fewer logits.
 """
-import argparse
 import hashlib
 import math
 import shutil
@@ -24,13 +23,7 @@ import torch
 from torchvision import transforms as T
 
 import squeeze
-from squeeze import BadInput, number
-
-# Epochs and crop scale as in the authors' code; toy is ours.
-PRESETS = {"toy": dict(epochs=60, scale=0.08), "cifar10": dict(epochs=1000, scale=0.08),
-           "cifar100": dict(epochs=1000, scale=0.08),
-           "tiny": dict(epochs=300, scale=0.5), "imagenet": dict(epochs=300, scale=0.5),
-           "folder": dict(epochs=300, scale=0.5)}
+from squeeze import BadInput, Namespace, number
 
 
 class Views(NamedTuple):
@@ -114,38 +107,38 @@ def labeller(run, config, teacher):
     parent = Path(teacher or Path(run).resolve().parent)
     found = squeeze.read_config(parent, "squeeze")
     if found["inputs"]["data"] != config["inputs"]["data"]:
-        raise BadInput(f"--teacher {parent}: of other training images than those of {run}: name one of the same data set")
+        raise BadInput(f"--teacher {parent}: other training images than those of {run}: name one of the same data")
     return parent, found
 
 
-def read_epoch(folder, s, epoch, K):
+def read_epoch(folder, settings, epoch, K):
     """The stored logits for an epoch of training, float32 [N, K]; with --keep-epochs E', epoch e is e mod E'."""
-    stored = epoch % s["keep_epochs"]
+    stored = epoch % settings["keep_epochs"]
     values = torch.from_numpy(np.load(folder / "soft_labels.npy", mmap_mode="r")[stored].astype(np.float32))
-    if not s["top_k"]:
+    if not settings["top_k"]:
         return values
     return expand(values, torch.from_numpy(np.load(folder / "top_classes.npy", mmap_mode="r")[stored].copy()), K)
 
 
-def write(folder, arrays, network, teacher, images, s):
-    """All epochs in order; a killed run goes on after the last one in log.jsonl. arrays: {file: (shape, dtype)}."""
+def write(folder, arrays, label, args):
+    """All epochs in order; a killed run goes on after the last one in log.jsonl. arrays: {file: (shape, dtype)};
+    label(epoch): the teacher's logits [N, K]."""
     done = len((folder / "log.jsonl").read_text().splitlines()) if (folder / "log.jsonl").is_file() else 0
     if not done:
         for name, (shape, dtype) in arrays.items():
             np.lib.format.open_memmap(folder / (name + ".tmp"), mode="w+", dtype=dtype, shape=shape)
-    start, said, E, N = time.time(), time.time(), s["keep_epochs"], len(images)
-    for epoch in range(done, E):
-        views = draw_views(s["seed"], epoch, N, images.shape[-1], s["scale"]).to(images.device)
-        logits = torch.cat(list(soft_labels(network, teacher, images, views, s["batch"])))
-        for name, part in zip(arrays, compress(logits, s["top_k"]) if s["top_k"] else [logits]):
+    start = printed = time.time()
+    for epoch in range(done, args.keep_epochs):
+        logits = label(epoch)
+        for name, part in zip(arrays, compress(logits, args.top_k) if args.top_k else [logits]):
             stored = np.load(folder / (name + ".tmp"), mmap_mode="r+")
             stored[epoch] = part.cpu().numpy().astype(stored.dtype)
             stored.flush()
         squeeze.log(folder, epoch=epoch + 1, seconds=time.time() - start)
-        if time.time() - said > 10 or epoch + 1 == E:
-            said, rate = time.time(), (epoch + 1 - done) * N / (time.time() - start)
-            print(f"epoch {epoch + 1}/{E}  {rate:.0f} images/s  {(E - epoch - 1) * N / rate / 60:.1f} min left",
-                  flush=True)
+        if time.time() - printed > 10 or epoch + 1 == args.keep_epochs:
+            printed, rate = time.time(), (epoch + 1 - done) / (time.time() - start)
+            print(f"epoch {epoch + 1}/{args.keep_epochs}  {rate * len(logits):.0f} images/s  "
+                  f"{(args.keep_epochs - epoch - 1) / rate / 60:.1f} min left", flush=True)
     for name in arrays:
         if (folder / (name + ".tmp")).exists():            # not so if it was killed between here and the end
             (folder / (name + ".tmp")).replace(folder / name)
@@ -206,80 +199,80 @@ def import_images(parent, source, resume):
 
 
 def parse(argv):
-    parser = squeeze.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", metavar="RUN", help="a folder made by recover.py (with --images: by squeeze.py)")
-    parser.add_argument("--images", metavar="DIR", help="take these images, DIR/<class>/*, instead of a run's")
-    parser.add_argument("--teacher", metavar="DIR", help="the squeeze run whose labels they are (default: the one whose "
-                        "spectra were matched)")
-    parser.add_argument("--epochs", type=number(int, 1), help="epochs of students to make labels for")
-    parser.add_argument("--keep-epochs", type=number(int, 1), metavar="E",
-                        help="store E epochs, students cycle through them")
-    parser.add_argument("--top-k", type=number(int, 1), metavar="K",
-                        help="store the K largest logits, the rest share what is left")
-    parser.add_argument("--scale", type=number(float, 0, strict=True),
-                        help="smallest crop area, as a share of the image")
-    parser.add_argument("--batch", type=number(int, 1), default=500, help="images a forward pass (default 500)")
-    parser.add_argument("--seed", type=number(int, 0), default=0)
-    parser.add_argument("--resume", action="store_true", help="continue what is in RUN/labels")
+    parser = squeeze.Parser(__doc__)
+    add = parser.add_argument_group("what").add_argument
+    add("run", metavar="RUN", help="a folder made by recover.py (with --images: by squeeze.py)")
+    add("--images", metavar="DIR", help="take these images, DIR/<class>/*, instead of a run's")
+    add("--teacher", metavar="DIR", help="the squeeze run that labels (default: the one whose spectra were matched)")
+    add = parser.add_argument_group("how").add_argument
+    add("--epochs", type=number(int, 1), help="epochs of students to make labels for (CIFAR 1000, toy 60, else 300)")
+    add("--scale", type=number(float, 0, strict=True), help="smallest crop, share of the area (CIFAR 0.08, else 0.5)")
+    add("--keep-epochs", type=number(int, 1), metavar="E", help="store E epochs, students cycle through them")
+    add("--top-k", type=number(int, 1), metavar="K", help="store the K largest logits, the rest share what is left")
+    add("--batch", type=number(int, 1), default=500, help="images a forward pass (default 500)")
+    add("--seed", type=number(int, 0), default=0, help="of the views (default 0)")
     return parser.parse_args(argv)
 
 
 def main(argv):
     args = parse(argv)
-    preset = PRESETS[squeeze.read_config(args.run, "squeeze" if args.images else "recover")["settings"]["dataset"]]
-    args.keep_epochs = args.keep_epochs or args.epochs or preset["epochs"]
-    s = squeeze.resolve(args, preset)
-    squeeze.show(s)
-    for flag, bad, most in (("scale", s["scale"] > 1, 1),
-                            ("keep-epochs", s["keep_epochs"] > s["epochs"], f"--epochs {s['epochs']}")):
+    stage = "squeeze" if args.images else "recover"
+    squeeze.fill(args, squeeze.PRESETS[squeeze.read_config(args.run, stage)["settings"]["dataset"]]["relabel"])
+    args.keep_epochs = args.keep_epochs or args.epochs
+    squeeze.show(args)
+    for flag, bad, most in (("scale", args.scale > 1, 1),
+                            ("keep-epochs", args.keep_epochs > args.epochs, f"--epochs {args.epochs}")):
         if bad:
-            raise BadInput(f"--{flag} {s[flag.replace('-', '_')]} found, must be at most {most}")
-    make(import_images(args.run, args.images, args.resume) if args.images else args.run,
-         {key: value for key, value in s.items() if key not in ("run", "images")}, args.resume)
+            raise BadInput(f"--{flag} {getattr(args, flag.replace('-', '_'))} found, must be at most {most}")
+    run, args.images = import_images(args.run, args.images, args.resume) if args.images else args.run, None
+    make(run, args)
 
 
 def ensure(run, teacher, epochs, resume):
     """Make the labels of a run that has none, or the rest of unfinished ones if asked to resume."""
     folder = label_folder(run, teacher)
     if not folder.is_dir():
-        given = (("--epochs", epochs), ("--teacher", teacher))
-        flags = [str(run), *(str(word) for pair in given if pair[1] for word in pair)]
-        print(f"{run}: no labels yet, so first: python relabel.py {' '.join(flags)}", flush=True)
-        main(flags)
+        flags = [str(word) for pair in (("--epochs", epochs), ("--teacher", teacher)) if pair[1] for word in pair]
+        print(f"{run}: no labels yet, so first: python relabel.py {run} {' '.join(flags)}", flush=True)
+        main([str(run), *flags])
     elif not (config := squeeze.read_config(folder, "relabel", resume))["artefacts"]:
         print(f"{folder}: unfinished, so its relabelling goes on first", flush=True)
-        make(run, config["settings"], True)
+        make(run, Namespace(**config["settings"], resume=True))
 
 
-def make(run, s, resume):
+def make(run, args):
     """The stage after its flags: also what eval.py calls for missing or unfinished labels."""
     device = squeeze.pick_device()
     content, run_config, _ = load_run(run)
-    images, K = content["images"], len(content["classes"])
-    parent, teacher_config = labeller(run, run_config, s["teacher"])
-    if (s["top_k"] or 1) > K:
-        raise BadInput(f"--top-k {s['top_k']} found, must be at most the {K} classes")
-    E, N, k, folder = s["keep_epochs"], len(images), s["top_k"], label_folder(run, s["teacher"])
-    arrays = {"soft_labels.npy": ((E, N, k + 1 if k else K), np.float16)}
+    parent, teacher_config = labeller(run, run_config, args.teacher)
+    N, K, S, k = len(content["images"]), len(content["classes"]), content["images"].shape[-1], args.top_k
+    if (k or 1) > K:
+        raise BadInput(f"--top-k {k} found, must be at most the {K} classes")
+    folder, shape = label_folder(run, args.teacher), (args.keep_epochs, N, k + 1 if k else K)
+    arrays = {"soft_labels.npy": (shape, "f2")}
     if k:
-        arrays["top_classes.npy"] = ((E, N, k), np.int16)
+        arrays["top_classes.npy"] = ((args.keep_epochs, N, k), "i2")
     size = sum(2 * math.prod(shape) for shape, _ in arrays.values())
     if not (folder / "log.jsonl").is_file() and size > (free := shutil.disk_usage(run).free):
-        raise BadInput(f"--epochs {s['epochs']}: soft labels need {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
+        raise BadInput(f"--epochs {args.epochs}: soft labels need {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
                        "use --keep-epochs or --top-k, or eval.py --online")
     network, teacher, _ = squeeze.load_teacher(parent, device)
-    s = {**s, "precision": teacher["precision"]}
+    args.precision, images = teacher["precision"], content["images"].to(device)
+
+    def label(epoch):
+        views = draw_views(args.seed, epoch, N, S, args.scale).to(device)
+        return torch.cat(list(soft_labels(network, teacher, images, views, args.batch)))
     inputs = {"images.pt": run_config["artefacts"]["images.pt"],
               "teacher.pt": teacher_config["artefacts"]["teacher.pt"]}
-    config = squeeze.open_run(folder, "relabel", s, inputs, resume)
+    config = squeeze.open_run(folder, "relabel", squeeze.settings(args, hidden=("run", "images")), inputs, args.resume)
     if not config["artefacts"]:
-        print(f"{folder}: logits {list(arrays['soft_labels.npy'][0])}, {size / 1e6:.2f} MB; images are "
+        print(f"{folder}: logits {list(shape)}, {size / 1e6:.2f} MB; images are "
               f"{images.numel() / 1e6:.2f} MB")
-        write(folder, arrays, network, teacher, images.to(device), s)
+        write(folder, arrays, label, args)
         squeeze.finish_run(folder, config, list(arrays), label_bytes=size)
     print(f"labels: {folder / 'soft_labels.npy'}, {size / 1e6:.2f} MB, peak memory "
           f"{squeeze.peak_memory(device):.0f} MB\nnext: python eval.py {run}"
-          + (f" --teacher {s['teacher']}" if s["teacher"] else ""))
+          + (f" --teacher {args.teacher}" if args.teacher else ""))
 
 
 if __name__ == "__main__":

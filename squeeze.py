@@ -5,9 +5,9 @@
     python squeeze.py --dataset tiny                                  the paper's settings for Tiny-ImageNet, one GPU
 
 Writes runs/<dataset>-<network>/, with what is not the default in its name (...-epochs16), so that teachers live side by
-side: teacher.pt, statistics.pt, config.json, log.jsonl. The network's precision, float32 or bfloat16, is the teacher's
-property: all later stages take it from there. Being the first stage, this file also owns what all stages must agree on, in this order: errors and flags, data
-sets, networks, run folders. The training loop and the statistics pass are at the end.
+side: teacher.pt, statistics.pt, config.json, log.jsonl. The network's precision is the teacher's property: all later
+stages take it from there. The stage is at the end. Before it stands what all stages share, and each part needs only
+those above it: presets, errors and flags, data sets, views, networks, run folders.
 """
 import argparse
 import ctypes
@@ -19,6 +19,7 @@ import os
 import pickle
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,24 +35,38 @@ from torchvision.datasets.utils import download_and_extract_archive
 
 import spectral
 
-# One row a data set. The first block is what it is; `squeeze` is how its teacher is trained (paper, Tables 9-12; toy
-# is ours). Mean and deviation live here and in teacher.pt, nowhere else: every stage normalises with the teacher's.
-IMAGENET = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+# One row a data set: what it is, then each stage's settings (paper, Tables 9-12, and the authors' code for views,
+# labels and students; toy is ours). `ours`: what did better than the paper's where it was measured (README). batch: up
+# to so many images, students train in the first, else in the second number of images a step. Mean and deviation live
+# here and in teacher.pt, nowhere else: every stage normalises with the teacher's.
+PAPER = dict(gamma=0.1, init="real", emu="paper")
+CIFAR = dict(size=32, network="resnet18", relabel=dict(epochs=1000, scale=0.08),
+             ours=dict(init="confident", iterations=100, lr=0.02, gamma=10.0, emu="pool"))
+IMAGENET = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], size=224, network="resnet18")
 PRESETS = {
-    "toy": dict(mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25], size=32, network="convnet",
-                squeeze=dict(epochs=4, lr=0.05, wd=5e-4, batch=50, schedule="cosine", augment="crop")),
-    "cifar10": dict(mean=[0.4914, 0.4822, 0.4465], std=[0.2470, 0.2435, 0.2616], size=32, network="resnet18",
-                    squeeze=dict(epochs=200, lr=0.1, wd=5e-4, batch=128, schedule="cosine", augment="crop")),
-    "cifar100": dict(mean=[0.5071, 0.4865, 0.4409], std=[0.2673, 0.2564, 0.2762], size=32, network="resnet18",
-                     squeeze=dict(epochs=100, lr=0.1, wd=5e-4, batch=128, schedule="cosine", augment="crop")),
+    "toy": dict(mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25], size=32, network="convnet", ours=dict(emu="pool"),
+                squeeze=dict(epochs=4, lr=0.05, wd=5e-4, batch=50, schedule="cosine", augment="crop"),
+                recover=dict(alpha_max=0.1, iterations=100, lr=0.1, batch=10, **PAPER),
+                relabel=dict(epochs=60, scale=0.08), batch=(0, 25, 25)),
+    "cifar10": dict(**CIFAR, mean=[0.4914, 0.4822, 0.4465], std=[0.2470, 0.2435, 0.2616],
+                    squeeze=dict(epochs=200, lr=0.1, wd=5e-4, batch=128, schedule="cosine", augment="crop"),
+                    recover=dict(alpha_max=0.1, iterations=1000, lr=0.25, batch=10, **PAPER), batch=(100, 50, 100)),
+    "cifar100": dict(**CIFAR, mean=[0.5071, 0.4865, 0.4409], std=[0.2673, 0.2564, 0.2762],
+                     squeeze=dict(epochs=100, lr=0.1, wd=5e-4, batch=128, schedule="cosine", augment="crop"),
+                     recover=dict(alpha_max=0.1, iterations=1000, lr=0.25, batch=100, **PAPER), batch=(1000, 100, 200)),
     "tiny": dict(mean=[0.4802, 0.4481, 0.3975], std=[0.2770, 0.2691, 0.2821], size=64, network="resnet18",
-                 squeeze=dict(epochs=50, lr=0.2, wd=1e-4, batch=256, schedule="cosine", augment="resized")),
-    "imagenet": dict(**IMAGENET, size=224, network="resnet18",
-                     squeeze=dict(epochs=90, lr=0.1, wd=1e-4, batch=256, schedule="step", augment="resized")),
-    "folder": dict(**IMAGENET, size=224, network="resnet18",
-                   squeeze=dict(epochs=90, lr=0.1, wd=1e-4, batch=256, schedule="cosine", augment="resized")),
+                 squeeze=dict(epochs=50, lr=0.2, wd=1e-4, batch=256, schedule="cosine", augment="resized"),
+                 recover=dict(alpha_max=1.0, iterations=1000, lr=0.1, batch=200, **PAPER), ours=dict(emu="pool"),
+                 relabel=dict(epochs=300, scale=0.5), batch=(0, 100, 100)),
+    "imagenet": dict(**IMAGENET,
+                     squeeze=dict(epochs=90, lr=0.1, wd=1e-4, batch=256, schedule="step", augment="resized"),
+                     recover=dict(alpha_max=0.1, iterations=1000, lr=0.1, batch=500, **PAPER), ours=dict(emu="pool"),
+                     relabel=dict(epochs=300, scale=0.5), batch=(0, 100, 100)),
+    "folder": dict(**IMAGENET,
+                   squeeze=dict(epochs=90, lr=0.1, wd=1e-4, batch=256, schedule="cosine", augment="resized"),
+                   recover=dict(alpha_max=0.1, iterations=1000, lr=0.1, batch=200, **PAPER), ours=dict(emu="pool"),
+                   relabel=dict(epochs=300, scale=0.5), batch=(0, 100, 100)),
 }
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors and flags
@@ -61,7 +76,11 @@ class BadInput(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with its errors as one line and exit code 1 like all others."""
+    """argparse with the first two paragraphs of a script's docstring as help, and one-line errors like all others."""
+
+    def __init__(self, doc):
+        super().__init__(description="\n\n".join(doc.split("\n\n")[:2]), formatter_class=argparse.RawTextHelpFormatter)
+        self.add_argument("--resume", action="store_true", help="continue what a killed run left")
 
     def error(self, message):
         raise BadInput(f"{message} (see --help)")
@@ -486,13 +505,13 @@ def autocast(network):
 
 
 @torch.no_grad()
-def accuracy(network, data, mean, std, device, batch=500):
-    """Top-1 accuracy in % on the test split, under the evaluation transform."""
+def accuracy(network, data, teacher, batch=500):
+    """Top-1 accuracy in % on the test split, under the evaluation transform. teacher: whose mean and deviation."""
     network.eval()
-    right = 0
+    device, right = next(network.parameters()).device, 0
     for images, labels in batches(data, data.test, batch):
         with autocast(network):
-            guess = network(normalise(images.to(device), mean, std)).argmax(1)
+            guess = network(normalise(images.to(device), teacher["mean"], teacher["std"])).argmax(1)
         right += (guess == labels.to(device)).sum()
     return 100 * right.item() / len(data.test.labels)
 
@@ -606,13 +625,21 @@ def finish_run(folder, config, artefacts, **results):
     save(folder / "config.json", config)
 
 
-def resolve(args, preset):
-    """The resolved settings: flags left out take the data set's preset; a flag given always wins."""
-    return {key: preset.get(key) if value is None else value for key, value in vars(args).items() if key != "resume"}
+def fill(args, preset):
+    """Flags left out take the preset's values; a flag given always wins. Returns args."""
+    for key, value in preset.items():
+        if getattr(args, key, None) is None:
+            setattr(args, key, value)
+    return args
 
 
-def show(s):
-    print("settings: " + " ".join(f"{key}={value}" for key, value in s.items()))
+def settings(args, hidden=()):
+    """What config.json records of a run: all flags, resolved."""
+    return {key: value for key, value in vars(args).items() if key not in ("resume", *hidden)}
+
+
+def show(args):
+    print("settings: " + " ".join(f"{key}={value}" for key, value in settings(args).items()))
 
 
 def changed(s, defaults, hidden=()):
@@ -625,50 +652,41 @@ def changed(s, defaults, hidden=()):
 # ---------------------------------------------------------------------------------------------------------------------
 # The stage
 
-def train(network, data, mean, std, s, folder, device):
+def train(network, data, teacher, args, folder):
     """SGD with momentum; checkpoint.pt after each epoch, so a kill costs at most one. Returns the test accuracy."""
-    optimizer = torch.optim.SGD(network.parameters(), s["lr"], momentum=0.9, weight_decay=s["wd"])
-    steps = math.ceil(len(data.train.labels) / s["batch"])
-    rate = (lambda k: (1 + math.cos(math.pi * k / (s["epochs"] * steps))) / 2) if s["schedule"] == "cosine" else \
-           (lambda k: 0.1 ** (k // (30 * steps)))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    first, checkpoint = 0, folder / "checkpoint.pt"
-    if checkpoint.is_file():
-        state = load_state(checkpoint)
-        network.load_state_dict(state["network"]), optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        first = state["epoch"]
-        print(f"resuming at epoch {first}")
-    score = None
-    for epoch in range(first, s["epochs"]):
-        rng, start, total = np.random.default_rng([s["seed"], epoch]), time.time(), torch.zeros((), device=device)
+    device, steps = next(network.parameters()).device, math.ceil(len(data.train.labels) / args.batch)
+    optimizer = torch.optim.SGD(network.parameters(), args.lr, momentum=0.9, weight_decay=args.wd)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, (lambda k: (1 + math.cos(math.pi * k / (args.epochs * steps))) / 2) if args.schedule == "cosine" else
+        (lambda k: 0.1 ** (k // (30 * steps))))
+    parts, checkpoint = dict(network=network, optimizer=optimizer, scheduler=scheduler), folder / "checkpoint.pt"
+    state, score = load_state(checkpoint) if checkpoint.is_file() else dict(epoch=0), None
+    if state["epoch"]:
+        print(f"resuming at epoch {state['epoch']}")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    for epoch in range(state["epoch"], args.epochs):
+        rng, start, total = np.random.default_rng([args.seed, epoch]), time.time(), torch.zeros((), device=device)
         network.train()
-        for images, labels in training_batches(data, s["batch"], s["augment"], rng):
+        for images, labels in training_batches(data, args.batch, args.augment, rng):
             with autocast(network):
-                loss = F.cross_entropy(network(normalise(images.to(device), mean, std)), labels.to(device))
+                logits = network(normalise(images.to(device), teacher["mean"], teacher["std"]))
+                loss = F.cross_entropy(logits, labels.to(device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             scheduler.step()
             total += loss.detach()
         if not math.isfinite(total.item()):
-            raise BadInput(f"--lr {s['lr']}: training diverged in epoch {epoch + 1}: remove {folder} and lower it")
-        score = accuracy(network, data, mean, std, device)
-        seconds = time.time() - start
-        if epoch + 1 in (s["keep"] or ()):
-            save(folder / f"epoch{epoch + 1}of{s['epochs']}.pt", contents(network, data, mean, std, s))
-        save(checkpoint, dict(network=network.state_dict(), optimizer=optimizer.state_dict(),
-                              scheduler=scheduler.state_dict(), epoch=epoch + 1))
+            raise BadInput(f"--lr {args.lr}: training diverged in epoch {epoch + 1}: remove {folder} and lower it")
+        score, seconds = accuracy(network, data, teacher), time.time() - start
+        if epoch + 1 in (args.keep or ()):
+            save(folder / f"epoch{epoch + 1}of{args.epochs}.pt", dict(**teacher, state_dict=network.state_dict()))
+        save(checkpoint, dict(epoch=epoch + 1, **{name: part.state_dict() for name, part in parts.items()}))
         log(folder, epoch=epoch + 1, loss=total.item() / steps, test=score, seconds=seconds)
-        print(f"epoch {epoch + 1}/{s['epochs']}  loss {total.item() / steps:.3f}  test {score:.2f} %  {seconds:.0f} s  "
-              f"{seconds * (s['epochs'] - epoch - 1) / 60:.1f} min left", flush=True)
-    return accuracy(network, data, mean, std, device) if score is None else score
-
-
-def contents(network, data, mean, std, s):
-    """What teacher.pt holds: the weights and all that is needed to use them."""
-    return dict(network=s["network"], dataset=s["dataset"], classes=data.classes, size=s["size"], mean=mean, std=std,
-                precision=s["precision"], state_dict=network.state_dict())
+        print(f"epoch {epoch + 1}/{args.epochs}  loss {total.item() / steps:.3f}  test {score:.2f} %  {seconds:.0f} s  "
+              f"{seconds * (args.epochs - epoch - 1) / 60:.1f} min left", flush=True)
+    return accuracy(network, data, teacher) if score is None else score
 
 
 def head_name(network):
@@ -676,31 +694,24 @@ def head_name(network):
     return [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
 
 
-@torch.no_grad()
-def gather_statistics(network, data, mean, std, device, batch):
-    """One pass over the training set: {"layers": {name: FFC, mean, class-wise FLC of every convolution's and the last
-    linear layer's input}, "head": that layer's name, "confidence" [n]: log-probability of each image's own class}."""
-    layers, head, start, labels, confidence = {}, head_name(network), time.time(), None, []
+def gather_statistics(network, data, teacher, batch):
+    """One pass over the training set: {"layers": {name: Statistics of every convolution's and the last linear layer's
+    input}, "head": that layer's name, "confidence" [n]: log-probability of each image's own class}."""
+    head, start, confidence, device = head_name(network), time.time(), [], next(network.parameters()).device
 
-    def collect(layout):
-        return lambda features: spectral.statistics(features, labels, layout)
+    def forward(images, labels):
+        with autocast(network):
+            logits = network(normalise(images, teacher["mean"], teacher["std"])).double()   # float32 ties near log 1
+        confidence.append(logits.log_softmax(1).gather(1, labels[:, None])[:, 0].cpu())
 
-    is_head = lambda name, module: name == head
-    with spectral.collect_inputs(network, transform=collect("map")) as maps, \
-            spectral.collect_inputs(network, is_head, collect("plain")) as plain:
-        for images, index in batches(data, data.train, batch):
-            labels = F.one_hot(index, len(data.classes)).to(device)
-            with autocast(network):
-                logits = network(normalise(images.to(device), mean, std)).double()     # float32 ties near log 1
-            confidence.append(logits.log_softmax(1).gather(1, index[:, None].to(device))[:, 0])
-            for name, seen in {**maps, **plain}.items():
-                layers[name] = spectral.merge(layers[name], seen) if name in layers else seen
+    loader = ((images.to(device), labels.to(device)) for images, labels in batches(data, data.train, batch))
+    select = lambda name, module: name == head or spectral.is_main_convolution(name, module)
+    layers = spectral.real_statistics(network, loader, len(data.classes), select, forward=forward)
     seconds = time.time() - start
     print(f"statistics of {len(layers)} layers over {len(data.train.labels)} images: {seconds:.1f} s, "
           f"{len(data.train.labels) / seconds:.0f} images/s", flush=True)
-    layers = {name: {key: value if key == "count" else value.float().cpu() for key, value in seen._asdict().items()}
-              for name, seen in layers.items()}
-    return dict(layers=layers, head=head, confidence=torch.cat(confidence).cpu())
+    return dict(layers={name: layer.to(torch.float32).to("cpu")._asdict() for name, layer in layers.items()}, head=head,
+                confidence=torch.cat(confidence))
 
 
 def fold(network):
@@ -720,6 +731,13 @@ def fold(network):
     return network
 
 
+def restore(teacher):
+    """The network that a teacher.pt holds."""
+    network = build_network(teacher["network"], len(teacher["classes"]), teacher["size"], teacher["precision"])
+    network.load_state_dict(teacher["state_dict"])
+    return network
+
+
 def load_teacher(folder, device):
     """A finished squeeze run: (folded network, teacher.pt's dict, config)."""
     config = read_config(folder, "squeeze")
@@ -727,13 +745,6 @@ def load_teacher(folder, device):
     if "precision" not in teacher:
         raise BadInput(f"{folder}: made by an older version, which did not record its precision: squeeze again")
     return fold(restore(teacher).to(device)), teacher, config
-
-
-def restore(teacher):
-    """The network that a teacher.pt holds."""
-    network = build_network(teacher["network"], len(teacher["classes"]), teacher["size"], teacher["precision"])
-    network.load_state_dict(teacher["state_dict"])
-    return network
 
 
 def check_data(data, teacher, config):
@@ -745,80 +756,62 @@ def check_data(data, teacher, config):
         raise BadInput("--data: other training images than the teacher's (their sha256 differs): squeeze again")
 
 
-def teacher_folder(s):
-    """runs/<dataset>-<network>, then every setting of the teacher that is not the data set's default."""
-    hidden = ("dataset", "data", "network", "size", "classes", "pretrained", "schedule", "augment", "keep")
-    return Path("runs") / "-".join([s["dataset"], s["network"], *changed(s, settings(["--dataset", s["dataset"]]), hidden)])
-
-
-def ensure(folder, flags, resume):
-    """Squeeze a missing teacher with these flags, or the rest of an unfinished one if asked to resume."""
-    if not folder.is_dir():
-        print(f"{folder}: no teacher yet, so first: python squeeze.py {' '.join(flags)}", flush=True)
-        main(flags)
-    elif not (config := read_config(folder, "squeeze", resume))["artefacts"]:
-        print(f"{folder}: unfinished, so its squeeze goes on first", flush=True)
-        run(config["settings"], True, folder)
-
-
-def given_weights(network, s, data):
-    """Load --teacher FILE, or torchvision's ImageNet weights with --pretrained, instead of training. Returns the mean
-    and deviation that images are normalised with: the file's own, else the data set's."""
-    mean, std = (PRESETS[s["dataset"]][key] for key in ("mean", "std"))
-    if s["pretrained"]:
-        weights = torchvision.models.get_model_weights(s["network"]).IMAGENET1K_V1
+def given_weights(network, args, teacher):
+    """Load --teacher FILE, or torchvision's ImageNet weights with --pretrained, instead of training. The file's mean
+    and deviation, where it names them, replace the data set's in `teacher`."""
+    flag = "--pretrained" if args.pretrained else f"--teacher {args.teacher}"
+    if args.pretrained:
+        weights = torchvision.models.get_model_weights(args.network).IMAGENET1K_V1
         try:
             state = weights.get_state_dict(progress=True, check_hash=True)
         except Exception as error:                         # urllib's, or a broken file's
-            raise BadInput(f"--pretrained: {weights.url} cannot be fetched ({type(error).__name__}): put the file into "
+            raise BadInput(f"{flag}: {weights.url} cannot be fetched ({type(error).__name__}): put the file into "
                            f"{torch.hub.get_dir()}/checkpoints") from error
     else:
         try:
-            state = torch.load(s["teacher"], weights_only=True, map_location="cpu")
+            state = torch.load(args.teacher, weights_only=True, map_location="cpu")
         except Exception as error:
-            raise BadInput(f"--teacher {s['teacher']}: not a readable state dict ({type(error).__name__})") from error
+            raise BadInput(f"{flag}: not a readable state dict ({type(error).__name__})") from error
         state = state if isinstance(state, dict) else {}
-        if state.get("classes", data.classes) != data.classes:         # a teacher.pt knows what it was trained on
-            raise BadInput(f"--teacher {s['teacher']}: its classes are {str(state['classes'])[:60]}, here they are "
-                           f"{str(data.classes)[:60]}: another data set's or class order's")
-        mean, std = (list(state.get(key, value)) for key, value in (("mean", mean), ("std", std)))
-        print(f"teacher {s['teacher']}: images are normalised with mean {mean}, std {std}"
+        if state.get("classes", teacher["classes"]) != teacher["classes"]:     # a teacher.pt knows its own
+            raise BadInput(f"{flag}: its classes are {str(state['classes'])[:60]}, here they are "
+                           f"{str(teacher['classes'])[:60]}: another data set's or class order's")
+        teacher.update({key: list(state.get(key, teacher[key])) for key in ("mean", "std")})
+        print(f"{flag}: images are normalised with mean {teacher['mean']}, std {teacher['std']}"
               f"{'' if 'mean' in state else ': it names none of its own'}")
         state = state.get("state_dict", state)
     own = network.state_dict()
     for key in [*own, *state]:
         shapes = [tuple(d[key].shape) if hasattr(d.get(key), "shape") else "missing" for d in (state, own)]
         if shapes[0] != shapes[1]:
-            flag = "--pretrained" if s["pretrained"] else f"--teacher {s['teacher']}"
-            raise BadInput(f"{flag}: {key} is {shapes[0]} there and {shapes[1]} in {s['network']} for this data set: "
+            raise BadInput(f"{flag}: {key} is {shapes[0]} there and {shapes[1]} in {args.network} for this data set: "
                            "another architecture, input size or class count")
     network.load_state_dict(state)
-    return mean, std
 
 
 def parse(argv):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="toy", choices=list(PRESETS), help="default: toy")
-    parser.add_argument("--data", default="data", metavar="DIR", help="where the data set lies or is downloaded to")
-    parser.add_argument("--size", type=number(int, 16), help="folder only: pixels (default 224)")
-    parser.add_argument("--classes", type=number(int, 2), help="toy only: number of classes (default 10)")
-    parser.add_argument("--network", choices=TEACHERS, help="the teacher (default: convnet for toy, else resnet18)")
-    parser.add_argument("--pretrained", action="store_true",
-                        help="imagenet only: torchvision's weights instead of training")
-    parser.add_argument("--teacher", metavar="FILE", help="instead of training: a state dict of --network, or a dict "
-                        "with it as state_dict and the mean and std it was trained with")
-    parser.add_argument("--epochs", type=number(int, 1))
-    parser.add_argument("--lr", type=number(float, 0, strict=True), help="learning rate of SGD with momentum 0.9")
-    parser.add_argument("--wd", type=number(float, 0), help="weight decay")
-    parser.add_argument("--batch", type=number(int, 2))
-    parser.add_argument("--seed", type=number(int, 0), default=0)
-    parser.add_argument("--precision", choices=["float32", "bfloat16"], help="of the network, in all stages (default: "
-                        "bfloat16 where the device multiplies in it)")
-    parser.add_argument("--validate", action="store_true", help="keep the last 10 %% of every class's training images "
-                        "out, for eval.py --validate to choose settings on")
-    parser.add_argument("--keep", type=number(int, 1), nargs="+", metavar="EPOCH", help="keep the weights after these "
-                        "epochs as epoch<E>of<all>.pt, for --teacher")
-    parser.add_argument("--resume", action="store_true", help="continue what is in the run folder")
+    parser = Parser(__doc__)
+    add = parser.add_argument_group("what").add_argument
+    add("--dataset", default="toy", choices=list(PRESETS), help="default: toy")
+    add("--data", default="data", metavar="DIR", help="where it lies or is downloaded to (default: data)")
+    add("--size", type=number(int, 16), help="folder only: pixels (default 224)")
+    add("--classes", type=number(int, 2), help="toy only: number of classes (default 10)")
+    add("--validate", action="store_true",
+        help="hold out the last 10 %% of every class's training images, to choose settings on")
+    add = parser.add_argument_group("how").add_argument
+    add("--network", choices=TEACHERS, help="the teacher (default: convnet for toy, else resnet18)")
+    add("--epochs", type=number(int, 1), help="toy 4, CIFAR-10 200, CIFAR-100 100, tiny 50, else 90")
+    add("--lr", type=number(float, 0, strict=True), help="rate of SGD with momentum 0.9 (toy 0.05, tiny 0.2, else 0.1)")
+    add("--wd", type=number(float, 0), help="weight decay (5e-4; 1e-4 from 64 px on)")
+    add("--batch", type=number(int, 2), help="images a step (toy 50, CIFAR 128, else 256)")
+    add("--precision", choices=["float32", "bfloat16"],
+        help="of the network, in all stages (default: bfloat16 where the device multiplies in it)")
+    add("--keep", type=number(int, 1), nargs="+", metavar="E", help="keep the weights of these epochs, for --teacher")
+    add("--seed", type=number(int, 0), default=0, help="default 0")
+    add = parser.add_argument_group("instead of training").add_argument
+    add("--pretrained", action="store_true", help="imagenet only: torchvision's weights")
+    add("--teacher", metavar="FILE",
+        help="a state dict of --network, or a dict with it as state_dict\nand the mean and std it was trained with")
     args = parser.parse_args(argv)
     for flag, only in (("size", "folder"), ("pretrained", "imagenet"), ("classes", "toy")):
         if getattr(args, flag) and args.dataset != only:
@@ -829,59 +822,64 @@ def parse(argv):
             raise BadInput(f"--{flag} has no effect with {given}: leave one out")
     if args.pretrained and args.network == "convnet":
         raise BadInput("--pretrained: torchvision has no weights for --network convnet: name a resnet")
-    return args
-
-
-def settings(argv):
-    """The resolved settings of a command line."""
-    args = parse(argv)
     preset = PRESETS[args.dataset]
-    defaults = {**preset["squeeze"], "network": preset["network"], "size": preset["size"], "classes": 10,
-                "precision": native_precision(pick_device())}
-    return {**resolve(args, defaults), "schedule": preset["squeeze"]["schedule"],
-            "augment": preset["squeeze"]["augment"]}
+    return fill(args, {**preset["squeeze"], "network": preset["network"], "size": preset["size"], "classes": 10,
+                       "precision": native_precision(pick_device())})
+
+
+def teacher_folder(args):
+    """runs/<dataset>-<network>, then every setting of the teacher that is not the data set's default."""
+    hidden = ("dataset", "data", "network", "size", "classes", "pretrained", "keep", "resume")
+    return Path("runs") / "-".join([args.dataset, args.network,
+                                    *changed(vars(args), vars(parse(["--dataset", args.dataset])), hidden)])
+
+
+def ensure(folder, flags, resume):
+    """Squeeze a missing teacher with these flags, or the rest of an unfinished one if asked to resume."""
+    if not folder.is_dir():
+        print(f"{folder}: no teacher yet, so first: python squeeze.py {' '.join(flags)}", flush=True)
+        main(flags)
+    elif not (config := read_config(folder, "squeeze", resume))["artefacts"]:
+        print(f"{folder}: unfinished, so its squeeze goes on first", flush=True)
+        run(Namespace(**config["settings"], resume=True), folder)
 
 
 def main(argv):
-    s = settings(argv)
-    show(s)
-    run(s, parse(argv).resume, teacher_folder(s))
+    args = parse(argv)
+    show(args)
+    run(args, teacher_folder(args))
 
 
-def run(s, resume, folder):
+def run(args, folder):
     """The stage after its flags: also what recover.py calls for an unfinished teacher."""
-    mean, std = (PRESETS[s["dataset"]][key] for key in ("mean", "std"))
-    device, network = pick_device(), None
-    data = load_data(s["dataset"], s["data"], s["size"], s["classes"], s["validate"])
-    if s["teacher"] or s["pretrained"]:                    # refused before a folder is made
-        network = build_network(s["network"], len(data.classes), s["size"], s["precision"])
-        mean, std = given_weights(network, s, data)
-    config = open_run(folder, "squeeze", {**s, "data": str(Path(s["data"]).resolve())}, {"data": data.sha256}, resume)
+    data, device = load_data(args.dataset, args.data, args.size, args.classes, args.validate), pick_device()
+    teacher = dict(network=args.network, dataset=args.dataset, classes=data.classes, size=args.size,
+                   mean=PRESETS[args.dataset]["mean"], std=PRESETS[args.dataset]["std"], precision=args.precision)
+    torch.manual_seed(args.seed)
+    network = build_network(args.network, len(data.classes), args.size, args.precision)
+    given = args.teacher or args.pretrained
+    if given:                                              # refused before a folder is made
+        given_weights(network, args, teacher)
+    args.data = str(Path(args.data).resolve())
+    config = open_run(folder, "squeeze", settings(args), {"data": data.sha256}, args.resume)
     if "statistics.pt" not in config["artefacts"]:
         data = data._replace(train=in_memory(data, data.train, device), test=in_memory(data, data.test, device))
-        squeeze(data, mean, std, s, folder, config, device, network)
-    print(f"teacher: {config['results']['test']:.2f} % {'held-out' if s['validate'] else 'test'} accuracy, in {folder}\n"
-          f"next: python recover.py --teacher {folder}")
-
-
-def squeeze(data, mean, std, s, folder, config, device, given):
-    """Train the teacher (unless a network is given), gather the statistics, finish the run folder."""
-    if not (folder / "teacher.pt").is_file():
-        torch.manual_seed(s["seed"])
-        network = (given or build_network(s["network"], len(data.classes), s["size"], s["precision"])).to(device)
-        score = accuracy(network, data, mean, std, device) if given else \
-            train(network, data, mean, std, s, folder, device)
-        config["results"]["test"] = score                  # before teacher.pt, which says that training is over
-        save(folder / "config.json", config)
-        save(folder / "teacher.pt", contents(network, data, mean, std, s))
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
-    network = fold(restore(load_state(folder / "teacher.pt")).to(device))
-    found = gather_statistics(network, data, mean, std, device, s["batch"])
-    if not all(layer["ffc"].isfinite().all() for layer in found["layers"].values()):
-        raise BadInput(f"{folder}: the teacher's features are not finite: remove it; lower --lr or change --teacher")
-    save(folder / "statistics.pt", dict(**found, teacher=sha256(folder / "teacher.pt"),
-                                        class_counts=torch.bincount(data.train.labels, minlength=len(data.classes))))
-    finish_run(folder, config, ["teacher.pt", "statistics.pt"])
+        if not (folder / "teacher.pt").is_file():
+            network.to(device)
+            score = accuracy(network, data, teacher) if given else train(network, data, teacher, args, folder)
+            config["results"]["test"] = score              # before teacher.pt, which says that training is over
+            save(folder / "config.json", config)
+            save(folder / "teacher.pt", dict(**teacher, state_dict=network.state_dict()))
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
+        network = fold(restore(load_state(folder / "teacher.pt")).to(device))
+        found = gather_statistics(network, data, teacher, args.batch)
+        if not all(layer["ffc"].isfinite().all() for layer in found["layers"].values()):
+            raise BadInput(f"{folder}: the teacher's features are not finite: remove it; lower --lr or change "
+                           "--teacher")
+        save(folder / "statistics.pt", dict(**found, teacher=sha256(folder / "teacher.pt")))
+        finish_run(folder, config, ["teacher.pt", "statistics.pt"])
+    print(f"teacher: {config['results']['test']:.2f} % {'held-out' if args.validate else 'test'} accuracy, in "
+          f"{folder}\nnext: python recover.py --teacher {folder}")
 
 
 if __name__ == "__main__":

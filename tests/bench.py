@@ -7,9 +7,9 @@
 
 The reference step is the paper's, written the plain way: unfolded network, contiguous NCHW, float32, a covariance and
 two torch.linalg.solve a layer and side, the real side anew at each step. Before any timing both must give the same
-loss (1e-3) and the same image gradient (1e-2, relative) in float32, and at the smallest alpha of a hundred rounds, in the
-precision that runs, ours must point where float64 does (cosine 0.8). Then ours and the bare network run as the scripts
-do, in bfloat16 on CUDA and on CPUs that have it. Repetitions are interleaved, since machines drift; a row is the
+loss (1e-3) and the same image gradient (1e-2, relative) in float32, and at the smallest alpha of a hundred rounds, in
+the precision that runs, ours must point where float64 does (cosine 0.8). Then ours and the bare network run as the
+scripts do, in bfloat16 on CUDA and on CPUs that have it. Repetitions are interleaved, since machines drift; a row is the
 median of the per-repetition ratios. Peak memory comes from one process per variant: CUDA's counter, or the resident
 set on a CPU. Prints a table and writes bench.json (--growth: growth.json) beside this file.
 """
@@ -39,6 +39,7 @@ CASES = {"convnet-32-10": ("convnet", 32, 10), "convnet-32-100": ("convnet", 32,
          "resnet18-32-100": ("resnet18", 32, 100),
          "resnet18-64-200": ("resnet18", 64, 200), "resnet18-224-500": ("resnet18", 224, 500),
          "resnet18-224-8": ("resnet18", 224, 8)}
+HALF = dict(mean=[0.5] * 3, std=[0.25] * 3)
 ALPHA, GAMMA, SMALLEST = 0.1, 0.1, spectral.alpha_schedule(99, 100, 0.1)
 
 
@@ -54,14 +55,10 @@ def setup(case):
     network.to(squeeze.pick_device()).eval().requires_grad_(False)
     network.precision = squeeze.native_precision(squeeze.pick_device())
     images = squeeze.toy(-(-B // 10), 10, 0, size)[0][:B]
-    settings = dict(iterations=1, lr=0.1, gamma=GAMMA, signal="mean", emu="pool", filter="cfm", loss="both",
-                    schedule="constant", ipc=1, alpha_max=ALPHA)
-    teacher = dict(mean=[0.5] * 3, std=[0.25] * 3)
-    images = squeeze.normalise(images.to(squeeze.pick_device()), teacher["mean"], teacher["std"])
-    with spectral.collect_inputs(network, transform=spectral.covariance) as seen, torch.no_grad():
+    images = squeeze.normalise(images.to(squeeze.pick_device()), **HALF)
+    with spectral.collect_moments(network) as seen, torch.no_grad():
         network(images.flip(-1).roll(3, 2)[: max(2, B // 2)])
-    real = {key: (psi.clone(), mean[:, None].clone()) for key, (psi, mean) in seen.items()}
-    return network, images, torch.arange(B, device=images.device) % 10, real, settings, teacher
+    return network, images, torch.arange(B, device=images.device) % 10, dict(seen)
 
 
 def reference_loss(network, view, labels, real):
@@ -73,16 +70,16 @@ def reference_loss(network, view, labels, real):
         X = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
         mean = X.mean(0, keepdim=True)
         psi, eye = (X - mean).T @ (X - mean) / len(X), torch.eye(X.shape[1], device=X.device)
-        real_psi, real_mean = real[name]
+        real_psi, real_mean = real[name].ffc, real[name].mean[:, None]
         filters = [torch.linalg.solve(m + ALPHA * eye, eye) for m in (real_psi, psi)]
         signals = [torch.linalg.solve(m + ALPHA * eye, v) for m, v in ((real_psi, real_mean), (psi, mean.T))]
         loss = loss + GAMMA * (torch.linalg.norm(filters[0] - filters[1]) + torch.linalg.norm(signals[0] - signals[1]))
     return loss
 
 
-def reference_steps(network, images, labels, real, settings, teacher, T):
+def reference_steps(network, images, labels, real, T):
     images = images.contiguous(memory_format=torch.contiguous_format).clone().requires_grad_()
-    optimizer = torch.optim.Adam([images], settings["lr"], betas=(0.5, 0.9))
+    optimizer = torch.optim.Adam([images], 0.1, betas=(0.5, 0.9))
     view = recover.random_views(np.random.default_rng(0), T, len(images), images.shape[-1], images.device)
     for t in range(T):
         loss = reference_loss(network, view(images, t).contiguous(), labels, real)
@@ -92,21 +89,20 @@ def reference_steps(network, images, labels, real, settings, teacher, T):
     return loss.item()
 
 
-def our_steps(network, images, labels, real, settings, teacher, T):
+def our_steps(network, images, labels, real, T):
     """recover.py's own loop, with what it prepares once a round."""
-    memory, classes = dict(b=0, rows=0, layers={}), torch.arange(10)
-    stacked = recover.stack(real)
-    pairs = [recover.cfm_pairs(0, settings) for _ in stacked]
-    targets = [recover.apply_pairs(p, *layer, 1) for p, layer in zip(pairs, stacked)]
-    settings = {**settings, "iterations": T}
-    with recover.layer_statistics(network, "conv", None, settings, None) as current:
-        recover.optimise(images.clone(), labels, network, lambda: recover.match(
-            pairs, targets, recover.objective(recover.join(memory, current, 0, classes, settings), settings), classes,
-            settings), settings, teacher,
-            np.random.default_rng(0), lambda *a: None)
+    matching = spectral.matching(real, spectral.cfm_pairs(ALPHA))
+    view = recover.random_views(np.random.default_rng(0), T, len(images), images.shape[-1], images.device)
+    with spectral.collect_moments(network) as layers:
+        def losses(x):
+            with squeeze.autocast(network):
+                logits = network(x)
+            return F.cross_entropy(logits.float(), labels), matching(layers)
+        recover.optimise(recover.to_uint8(images, HALF), losses, view, HALF,
+                         squeeze.Namespace(iterations=T, lr=0.1, gamma=GAMMA), lambda *report: None)
 
 
-def bare_steps(network, images, labels, real, settings, teacher, T):
+def bare_steps(network, images, labels, real, T):
     """The limit: the folded network forward and backward to the images, with cross-entropy alone and no views."""
     images = images.clone().requires_grad_()
     for _ in range(T):
@@ -126,19 +122,16 @@ class RoundedFirst(spectral._Covariance):
         return torch.addmm((g / len(X) - A @ mean).to(X.dtype), X, A.to(X.dtype))
 
 
-def image_gradients(network, images, labels, real, memory, alpha, dtype):
-    """(of cross-entropy, of the matching loss), in dtype; float32 means the network's own precision."""
-    s = dict(signal="mean", emu="pool", filter="cfm", loss="both", schedule="constant", ipc=1, alpha_max=alpha)
-    stacked = recover.stack({name: tuple(part.to(dtype) for part in parts) for name, parts in real.items()})
-    old = {**memory, "layers": {name: (psi.to(dtype), mean.to(dtype), None)
-                                for name, (psi, mean, _) in memory["layers"].items()}}
-    pairs, leaf = [recover.cfm_pairs(0, s) for _ in stacked], images.to(dtype).requires_grad_()
-    targets = [recover.apply_pairs(p, *layer, 1) for p, layer in zip(pairs, stacked)]
-    with recover.layer_statistics(network, "conv", None, s, None) as current:
+def image_gradients(network, images, labels, real, memory, alpha):
+    """(of cross-entropy, of the matching loss), in the images' precision; float32 means the network's own."""
+    leaf = images.clone().requires_grad_()
+    real = {name: layer.to(leaf.dtype) for name, layer in real.items()}
+    matching = spectral.matching(real, spectral.cfm_pairs(alpha))
+    with spectral.collect_moments(network) as layers:
         with squeeze.autocast(network):
             logits = network(leaf)
-        joined = recover.objective(recover.join(memory if dtype == torch.float32 else old, current, 0, labels, s), s)
-        losses = F.cross_entropy(logits.to(dtype), labels), recover.match(pairs, targets, joined, None, s)
+        memory = {name: layer.to(leaf.dtype) for name, layer in memory.items()}
+        losses = F.cross_entropy(logits.to(leaf.dtype), labels), matching(layers, memory)
     return [torch.autograd.grad(loss, leaf, retain_graph=True)[0].double().flatten() for loss in losses]
 
 
@@ -147,12 +140,12 @@ def cosines(network, images, labels, real, memory, alpha):
     first)."""
     exact = copy.deepcopy(network).double()
     exact.precision, now = "float32", spectral._Covariance
-    wanted = image_gradients(exact, images, labels, real, memory, alpha, torch.float64)
+    wanted = image_gradients(exact, images.double(), labels, real, memory, alpha)
     out = [F.cosine_similarity(a, b, dim=0).item() for a, b in
-           zip(image_gradients(network, images, labels, real, memory, alpha, torch.float32), wanted)]
+           zip(image_gradients(network, images, labels, real, memory, alpha), wanted)]
     try:
         spectral._Covariance = RoundedFirst
-        found = image_gradients(network, images, labels, real, memory, alpha, torch.float32)[1]
+        found = image_gradients(network, images, labels, real, memory, alpha)[1]
     finally:
         spectral._Covariance = now
     return *out, F.cosine_similarity(found, wanted[1], dim=0).item()
@@ -166,47 +159,43 @@ def parity(folder):
     s, K = config["settings"], len(teacher["classes"])
     data = squeeze.load_data(s["dataset"], s["data"], s["size"], s["classes"], s["validate"])
     found = squeeze.load(folder, "statistics.pt", config)
-    real = recover.real_layers(found, "conv", dict(signal="mean"), device)
+    real = {name: spectral.Statistics(**layer).to(device) for name, layer in found["layers"].items()
+            if name != found["head"]}
     index, labels = recover.starting_images(data, 100, found["confidence"]), torch.arange(K, device=device)
-    load = lambda k: squeeze.normalise(squeeze.take(data, data.train, index[k]).to(device), teacher["mean"], teacher["std"])
+    norm = {key: teacher[key] for key in ("mean", "std")}
+    load = lambda k: squeeze.normalise(squeeze.take(data, data.train, index[k]).to(device), **norm)
     print(f"{folder}, {network.precision}: cosine of image gradients with float64's\n{'alpha':>9s} {'EMU':>4s} "
           f"{'cross-entropy':>14s} {'matching':>9s} {'A rounded first':>16s}")
     for ipc in (1, 10, 50, 100):
-        alpha, memory = spectral.alpha_schedule(ipc - 1, ipc, 0.1), dict(b=0, rows=0, layers={})
-        memories = {"no": memory}
-        if ipc > 1:
-            with torch.no_grad(), recover.layer_statistics(network, "conv", None, dict(signal="mean"), None) as current:
-                for k in range(ipc - 1):
-                    network(load(k))
-                    layers = recover.join(memory, current, k, labels, dict(emu="pool"))
-                    memory = dict(b=k + 1, rows=(k + 1) * K, layers=layers)
-            memories["yes"] = memory
-        for emu, memory in memories.items():
-            values = cosines(network, load(ipc - 1), labels, real, memory, alpha)
-            print(f"{alpha:9.2g} {emu:>4s} {values[0]:14.3f} {values[1]:9.3f} {values[2]:16.3f}", flush=True)
+        alpha, memory = spectral.alpha_schedule(ipc - 1, ipc, 0.1), {}
+        with torch.no_grad(), spectral.collect_moments(network) as layers:
+            for k in range(ipc - 1):
+                network(load(k))
+                memory = spectral.join(memory, layers)
+        for emu, old in {"no": {}, "yes": memory}.items():
+            if old or emu == "no":
+                values = cosines(network, load(ipc - 1), labels, real, old, alpha)
+                print(f"{alpha:9.2g} {emu:>4s} {values[0]:14.3f} {values[1]:9.3f} {values[2]:16.3f}", flush=True)
 
 
 def check_agreement(case):
-    """Same loss to 1e-3 and same image gradient to 1e-2 in float32, on whole images; then, on ten of them at the smallest
-    alpha and in the precision that runs, the cosine with float64."""
-    network, images, labels, real, settings, teacher = setup(case)
+    """Same loss to 1e-3 and same image gradient to 1e-2 in float32, on whole images; then, on ten of them at the
+    smallest alpha and in the precision that runs, the cosine with float64."""
+    network, images, labels, real = setup(case)
     plain = images.contiguous(memory_format=torch.contiguous_format).clone().requires_grad_()
     expected = reference_loss(network.to(memory_format=torch.contiguous_format), plain, labels, real)
     wanted, = torch.autograd.grad(expected, plain)
     squeeze.fold(network).to(memory_format=torch.channels_last)
-    leaf, stacked = images.clone().requires_grad_(), recover.stack(real)
-    pairs = [recover.cfm_pairs(0, settings) for _ in stacked]
-    targets = [recover.apply_pairs(p, *layer, 1) for p, layer in zip(pairs, stacked)]
-    with recover.layer_statistics(network, "conv", None, settings, None) as current:
-        logits = network(leaf)
-        loss = F.cross_entropy(logits, labels) + GAMMA * recover.match(pairs, targets,
-                                                                       recover.objective(current, settings), None, settings)
+    leaf = images.clone().requires_grad_()
+    with spectral.collect_moments(network) as layers:
+        loss = F.cross_entropy(network(leaf), labels)
+        loss = loss + GAMMA * spectral.matching(real, spectral.cfm_pairs(ALPHA))(layers)
     found, = torch.autograd.grad(loss, leaf)
     errors = abs(loss - expected).item() / expected.item(), ((found - wanted).norm() / wanted.norm()).item()
     assert errors[0] < 1e-3 and errors[1] < 1e-2, f"{case}: loss off by {errors[0]:.1e}, gradient by {errors[1]:.1e}"
-    memory = dict(b=0, rows=0, layers={})
-    cosine = cosines(network, images[:10], labels[:10], real, memory, SMALLEST)
-    print(f"{case}: at alpha {SMALLEST:.1e} in {network.precision}, cosine {cosine[1]:.3f} (cross-entropy {cosine[0]:.3f})")
+    cosine = cosines(network, images[:10], labels[:10], real, {}, SMALLEST)
+    print(f"{case}: at alpha {SMALLEST:.1e} in {network.precision}, cosine {cosine[1]:.3f} (cross-entropy "
+          f"{cosine[0]:.3f})")
     assert cosine[1] > 0.8, f"{case}: at alpha {SMALLEST:.1e} the gradient's cosine with float64 is {cosine[1]:.3f}"
     return *errors, cosine[1]
 
@@ -275,9 +264,10 @@ def stage_rows(repetitions, n=1000):
     whole, views = images.to(device), relabel.draw_views(0, 0, n, 32, 0.08).to(device)
     batch, student = squeeze.normalise(whole[:50], [0.5] * 3, [0.25] * 3), build()
     content = dict(classes=data.classes, mean=[0.5] * 3, std=[0.25] * 3, precision=precision)
-    s = dict(network="convnet", ema=0.99, lr=1e-3, wd=1e-2, batch=50, epochs=5, schedule="stretched", hard=False,
-             temperature=20.0)
-    answer = lambda epoch, views: torch.zeros(100, 10, device=device)
+    args = squeeze.fill(evaluation.parse(["RUN"]), dict(batch=50, epochs=5))
+    args.network, labels = "convnet", dict(keep_epochs=5, seed=0, scale=0.08)
+    job = squeeze.Namespace(content=content, images=whole[:100], labels=labels, identity={},
+                            answer=lambda epoch, views: torch.zeros(100, 10, device=device))
 
     @torch.no_grad()
     def forward(size):
@@ -290,13 +280,11 @@ def stage_rows(repetitions, n=1000):
             with squeeze.autocast(student):
                 loss = student(batch).float().square().mean()
             loss.backward()
-    jobs = {"statistics": (lambda: squeeze.gather_statistics(network, data, [0.5] * 3, [0.25] * 3, device, 128), n,
+    jobs = {"statistics": (lambda: squeeze.gather_statistics(network, data, teacher, 128), n,
                            lambda: forward(128), n),
             "relabel": (lambda: list(relabel.soft_labels(network, teacher, whole, views, 500)), n,
                         lambda: forward(500), n),
-            "eval": (lambda: evaluation.train_student(content, whole[:100], answer,
-                                                      dict(keep_epochs=5, seed=0, scale=0.08), s,
-                                                      {}, 0, Path("no checkpoint")), 500, train, 500)}
+            "eval": (lambda: evaluation.train_student(job, args, 0, Path("no checkpoint")), 500, train, 500)}
     rows = []
     for stage, (ours, count, bare, bare_count) in jobs.items():
         ours(), bare()
@@ -316,17 +304,21 @@ GROWTH = [(1, 10), (10, 10), (50, 10), (100, 10), (10, 100), (10, 200)]       # 
 def growth(ipc, classes):
     """Seconds an image and peak MB of recover's loop in this process: chunks of 10 classes, 5 iterations a batch, out
     of 20,000 toy images whatever IPC and classes are."""
-    device, teacher = squeeze.pick_device(), dict(mean=[0.5] * 3, std=[0.25] * 3)
+    device = squeeze.pick_device()
     images, labels = squeeze.toy(20000 // classes, classes, 0)
     data = squeeze.Data("toy", [str(c) for c in range(classes)], 32, squeeze.Split(images, labels), None, "")
     network = squeeze.fold(squeeze.build_network("convnet", classes, 32, squeeze.native_precision(device)).to(device))
     some = data._replace(train=squeeze.Split(images[::20], labels[::20]))
-    found = squeeze.gather_statistics(network, some, teacher["mean"], teacher["std"], device, 100)
-    s = dict(ipc=ipc, batch=10, iterations=5, lr=0.1, gamma=GAMMA, alpha_max=ALPHA, schedule="cosine", filter="cfm",
-             signal="mean", emu="pool", loss="both", init="real", seed=0)
+    found = squeeze.gather_statistics(network, some, HALF, 100)
+    args = squeeze.fill(recover.parse(["--ipc", str(ipc), "--iterations", "5", "--batch", "10"]),
+                        {**squeeze.PRESETS["toy"]["recover"], **squeeze.PRESETS["toy"]["ours"]})
+    real = {name: spectral.Statistics(**layer).to(device) for name, layer in found["layers"].items()
+            if name != found["head"]}
     with tempfile.TemporaryDirectory() as folder:
-        seconds = recover.distil(Path(folder), data, network, teacher, {**found, "class_counts": labels.bincount()},
-                                 lambda k, psi: recover.cfm_pairs(k, s), s, device)
+        job = squeeze.Namespace(folder=Path(folder), data=data, network=network, real=real, 
+                                select=spectral.is_main_convolution, teacher={**HALF, "classes": data.classes},
+                                confidence=found["confidence"], pairs_of=lambda k: recover.cfm_pairs(k, args))
+        seconds = recover.distil(job, args)
     return seconds / (ipc * classes), squeeze.peak_memory(device)
 
 

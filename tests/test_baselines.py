@@ -9,10 +9,10 @@ import recover
 import relabel
 import spectral
 import squeeze
-from squeeze import BadInput
+from squeeze import BadInput, Namespace
 from conftest import one_line
 
-S = dict(p=7, q=4, beta=0.3)
+S = Namespace(p=7, q=4, beta=0.3, eta=None)
 SHAPES = [(6, 8), (42, 8)]                                 # n < C: FFC has a null space, and n > C
 
 
@@ -35,7 +35,7 @@ def compared(name, sets, eta=None):
     """What a method's pairs compare, real and synthetic, through the code's own path from features to FFC and FLC."""
     method, signal, centred = baselines.METHODS[name]
     return [[part[0] for part in spectral.filtered([spectral.moments(H * len(H)**0.5, Y * len(H)**0.5)],
-                                                   method({**S, "eta": eta}), signal, centred, side)[1]]
+                                                   method(Namespace(**{**vars(S), "eta": eta})), signal, centred, side)[1]]
             for side, (H, Y) in enumerate(sets)]
 
 
@@ -68,7 +68,7 @@ def test_mtt_pairs_are_gradient_descent(sets):
     """p real and q synthetic full-batch steps from the same W_0, by a loop (Eq. 6-8)."""
     eta = 1 / max(torch.linalg.eigvalsh(H.T @ H)[-1] for H, _ in sets)
     W0 = torch.randn(8, 3, dtype=torch.float64)
-    for (H, Y), steps, (before_start, learned) in zip(sets, (S["p"], S["q"]),
+    for (H, Y), steps, (before_start, learned) in zip(sets, (S.p, S.q),
                                                       compared("mtt", sets, eta)):
         W = W0.clone()
         for _ in range(steps):
@@ -79,7 +79,7 @@ def test_mtt_pairs_are_gradient_descent(sets):
 def test_frepo_is_kernel_ridge_regression(sets):
     """Through the Gram matrix (Eq. 13) and through FFC (Eq. 14); then the identity between them (Eq. 26-27)."""
     for (H, Y), (weights,) in zip(sets, compared("frepo", sets)):
-        same(weights, H.T @ torch.linalg.solve(H @ H.T + S["beta"] * torch.eye(len(H), dtype=torch.float64), Y))
+        same(weights, H.T @ torch.linalg.solve(H @ H.T + S.beta * torch.eye(len(H), dtype=torch.float64), Y))
     B = torch.randn(6, 9, dtype=torch.float64)
     eye = [torch.eye(n, dtype=torch.float64) for n in (6, 9)]
     same(torch.linalg.inv(B.T @ B + 0.1 * eye[1]) @ B.T, B.T @ torch.linalg.inv(B @ B.T + 0.1 * eye[0]))
@@ -114,13 +114,13 @@ def test_responses_agree_with_the_papers_table():
                 "mtt": {"high"},
                 "frepo": {"high"}}
     for name, (method, _, _) in baselines.METHODS.items():
-        pairs = method({**S, "eta": 0.25})
+        pairs = method(Namespace(**{**vars(S), "eta": 0.25}))
         for _, *filters in pairs(None) if callable(pairs) else pairs:
             assert {band(f) for f in filters} <= expected[name]
     for k in range(5):
-        pairs = recover.pairs_of_round(k, dict(filter="cfm", loss="both", ipc=5, alpha_max=0.1, schedule="cosine"))
+        pairs = recover.cfm_pairs(k, Namespace(filter="cfm", loss="both", ipc=5, alpha_max=0.1, schedule="cosine"))
         assert {band(f) for _, f in pairs} == {"high"}
-    (g, f), _ = recover.pairs_of_round(0, dict(filter="low", loss="both"))
+    (g, f), _ = recover.cfm_pairs(0, Namespace(filter="low", loss="both", alpha_max=None))
     assert g == "I" and band(f) == "low"
 
 

@@ -24,7 +24,7 @@ import relabel
 import spectral
 import squeeze
 from conftest import ROOT, one_line
-from squeeze import BadInput
+from squeeze import BadInput, Namespace
 
 TINY = ["--iterations", "8", "--ipc", "3"]
 
@@ -106,7 +106,7 @@ def test_statistics_equal_numpy_on_images():
         X = X.permute(0, 2, 3, 1).double().numpy()
         H, X = X.mean((1, 2)), X.reshape(-1, X.shape[-1])
         expected[name] = np.cov(X.T, bias=True), X.mean(0), H.T @ np.eye(10)[labels] / 1000
-    found = squeeze.gather_statistics(squeeze.fold(network), data, [0.5] * 3, [0.25] * 3, torch.device("cpu"), 128)
+    found = squeeze.gather_statistics(squeeze.fold(network), data, dict(mean=[0.5] * 3, std=[0.25] * 3), 128)
     layers = found["layers"]
     assert set(layers) == {*expected, found["head"]}
     with torch.no_grad():
@@ -224,19 +224,19 @@ def test_confident_images_are_the_teachers_surest(here):
 
 def test_presets():
     preset = lambda *flags: recover.preset_of(recover.parse([*flags]))
-    for name in recover.PRESETS:
+    for name, own in squeeze.PRESETS.items():
         paper = preset("--dataset", name, "--preset", "paper")
-        assert paper == {**recover.PRESETS[name], "network": squeeze.PRESETS[name]["network"]} and paper["emu"] == "paper"
-        assert preset("--dataset", name) == {**paper, "emu": "pool", **recover.OURS.get(name, {})}
+        assert paper == {**own["recover"], "network": own["network"]} and paper["emu"] == "paper"
+        assert preset("--dataset", name) == {**paper, **own["ours"]} and own["ours"]["emu"] == "pool"
         assert preset("--dataset", name, "--iterations", "0")["init"] == "real"
 
 
 def test_all_flags_of_recover_reach_the_images(here):
     seen = {}
     for flags in ([], ["--filter", "low"], ["--filter", "high"], ["--schedule", "linear"], ["--signal", "class"],
-                  ["--init", "noise"], ["--emu", "off"], ["--emu", "paper"], ["--loss", "filter"], ["--loss", "signal"], ["--seed", "1"], ["--alpha-max", "0.5"], ["--gamma", "1"],
-                  ["--lr", "0.05"],
-                  ["--batch", "3"], ["--batch", "3", "--signal", "class"]):
+                  ["--init", "noise"], ["--emu", "off"], ["--emu", "paper"], ["--loss", "filter"], ["--loss", "signal"],
+                  ["--seed", "1"], ["--alpha-max", "0.5"], ["--gamma", "1"], ["--lr", "0.05"], ["--batch", "3"],
+                  ["--batch", "3", "--signal", "class"]):
         recover.main([*TINY, *flags])
     for run in Path("runs/toy-convnet").glob("*ipc3*"):
         pixels = torch.load(run / "images.pt", weights_only=True)["images"]
@@ -262,7 +262,7 @@ def test_what_emu_remembers(here, monkeypatch, kind, emu):
         weight = torch.tensor(rows[:b], dtype=torch.float64) if emu == "pool" else torch.ones(b, dtype=torch.float64)
         weight /= weight.sum()
         for name in seen[0]:
-            psi, mean = (torch.stack([getattr(part[name], key).double() for part in seen[:b]]) for key in ("ffc", "mean"))
+            psi, mean = (torch.stack([part[name][i].double() for part in seen[:b]]) for i in (2, 1))
             wanted = torch.einsum("b,bij->ij", weight, psi), weight @ mean
             if emu == "pool":                              # E[x x^T] - m m^T, over all rows
                 second = psi + mean[:, :, None] * mean[:, None]
@@ -274,7 +274,8 @@ def test_what_emu_remembers(here, monkeypatch, kind, emu):
                 for classes, first in (([0, 1, 2], 0), ([3], 1)):
                     phi = [part[name].flc[:, classes] * len(classes) for part in seen[first:b:2]]
                     if phi:
-                        assert torch.allclose((found.flc / found.share)[:, classes], sum(phi) / len(phi), rtol=1e-4, atol=1e-6)
+                        wanted = sum(phi) / len(phi)
+                        assert torch.allclose((found.flc / found.share)[:, classes], wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_uncentred_moments_are_h_transposed_h():
@@ -283,11 +284,12 @@ def test_uncentred_moments_are_h_transposed_h():
     torch.manual_seed(0)
     sets, memory = [torch.randn(4, 5, dtype=torch.float64) + 30 for _ in range(3)], {}
     for b, H in enumerate(sets, 1):
-        memory = spectral.join(memory, {"x": spectral.moments(H)}, recover.update_of(b, dict(emu="paper", uncentred=True)))
-        (_, (found, phi)), H = spectral.filtered(list(memory.values()), baselines.dc({}), "mean", False, 1), torch.cat(sets[:b])
+        update = recover.updates(Namespace(emu="paper", centred=False), b)
+        memory = spectral.join(memory, {"x": spectral.moments(H)}, update)
+        _, (found, phi) = spectral.filtered(list(memory.values()), baselines.dc(None), "mean", False, 1)
+        H = torch.cat(sets[:b])
         assert torch.allclose(found[0], H.T @ H / len(H), rtol=1e-10) and torch.allclose(phi[0, :, 0], H.mean(0))
-    stored = dict(layers={"x": spectral.statistics(H)._asdict()}, head="none", class_counts=torch.tensor([12]))
-    real = recover.real_layers(stored, {}, "cpu")["x"]
+    real = spectral.statistics(H)
     assert torch.allclose(spectral.second_moment(real.ffc, real.mean), H.T @ H / len(H), rtol=1e-10)
 
 
@@ -305,9 +307,10 @@ def test_view_statistics_are_those_of_the_views(here):
             network(torch.roll(squeeze.resample(x, squeeze.crop_grid(boxes[t], flips[t], 32)), rolls[t], (2, 3)))
         seen.append({name: value.clone() for name, value in features.items()})
     for emu in ("pool", "paper"):
-        s = {"signal": "mean", "emu": emu}
-        with recover.collect(network, s, None, None) as current:
-            found = recover.view_statistics(images, network, current, teacher, np.random.default_rng(5), 3, s)
+        view = recover.random_views(np.random.default_rng(5), 3, 4, 32, images.device)
+        with spectral.collect_moments(network) as layers:
+            found = recover.view_statistics(images, network, layers, view, teacher,
+                                            Namespace(emu=emu, centred=True, iterations=3))
         for name in found:
             wanted = spectral.moments(torch.cat([part[name] for part in seen])).ffc if emu == "pool" else \
                 sum(spectral.moments(part[name]).ffc for part in seen) / 3
