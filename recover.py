@@ -19,6 +19,7 @@ squeezed first. Baselines run through the same loop (baselines.py).
 import argparse
 import math
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -228,9 +229,9 @@ def initial_images(data, index, k, classes, s, rng):
 def resumed(folder, chunks, K, pixels, device):
     """What a killed run left: batches done, their mean statistics (EMU) and the seconds they took."""
     if not (folder / "memory.pt").is_file():
-        return dict(b=0, rows=0, layers={}, seconds=0.0)
+        return dict(b=0, rows=0, layers={}, seconds=0.0, crc=0)
     memory, raw = squeeze.load_state(folder / "memory.pt"), folder / "images.raw"
-    if not raw.is_file() or raw.stat().st_size < memory["b"] // chunks * K * pixels:
+    if not raw.is_file() or zlib.crc32(raw.read_bytes()[:memory["rows"] * pixels]) != memory["crc"]:
         raise BadInput(f"{raw}: not the {memory['b']} batches that memory.pt counts: remove {folder} and start again")
     print(f"resuming after batch {memory['b']}")
     memory["layers"] = {name: tuple(part if part is None else part.to(device) for part in parts)
@@ -281,10 +282,11 @@ def distil(folder, data, network, teacher, statistics, pairs_of, s, device):
                 if s["emu"] != "off":
                     seen = view_statistics(images.to(device), network, current, teacher, rng, min(10, s["iterations"]), s)
                     remember(memory, join(memory, seen, k, classes, s), classes, K)
-        with open(folder / "images.raw", "r+b" if b else "wb") as file:
+        with squeeze.writing(folder / "images.raw", "r+b" if b else "wb") as file:       # flushed before it is counted
             file.seek(images[0].numel() * (k * K + int(here[0])))
             file.write(images.numpy().tobytes())
-        memory.update(b=b + 1, rows=memory["rows"] + len(here), seconds=before + time.time() - start)
+        memory.update(b=b + 1, rows=memory["rows"] + len(here), seconds=before + time.time() - start,
+                      crc=zlib.crc32(images.numpy().tobytes(), memory["crc"]))
         squeeze.save(folder / "memory.pt", memory)
     return memory["seconds"]
 
@@ -402,7 +404,7 @@ def run(args, method, defaults, pairs_for):
     preset = preset_of(args)
     s, device = squeeze.resolve(args, preset), squeeze.pick_device()
     squeeze.show(s)
-    made = squeeze.read_config(parent, "squeeze", args.resume)["settings"] if parent.is_dir() else {}
+    made = squeeze.read_config(parent, "squeeze", args.resume)["settings"] if (parent / "config.json").is_file() else {}
     s["data"] = s["data"] or made.get("data", "data")
     data = squeeze.load_data(s["dataset"], s["data"], *(made.get(key) for key in ("size", "classes", "validate")))
     if s["init"] != "noise":

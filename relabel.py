@@ -13,15 +13,16 @@ fewer logits.
 """
 import argparse
 import hashlib
+import json
 import math
 import shutil
 import time
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torchvision import transforms as T
 
 import squeeze
 from squeeze import BadInput, number
@@ -127,28 +128,65 @@ def read_epoch(folder, s, epoch, K):
     return expand(values, torch.from_numpy(np.load(folder / "top_classes.npy", mmap_mode="r")[stored].copy()), K)
 
 
+def arrays_of(s, N, K):
+    """{file: (shape, dtype)} of the labels that settings ask for."""
+    E, k = s["keep_epochs"], s["top_k"]
+    arrays = {"soft_labels.npy": ((E, N, k + 1 if k else K), np.float16)}
+    return {**arrays, "top_classes.npy": ((E, N, k), np.int16)} if k else arrays
+
+
+def check_labels(folder, s, N, K):
+    """Refuse stored labels that do not fit the run, whatever their config says."""
+    for name, (shape, dtype) in arrays_of(s, N, K).items():
+        low, high = (-1, K) if dtype is np.int16 else (-math.inf, math.inf)
+        try:
+            found = np.load(folder / name, mmap_mode="r")
+            fine = (found.shape, found.dtype) == (shape, dtype) and all(low < e.min() and e.max() < high for e in found)
+        except (OSError, ValueError):
+            fine = False
+        if not fine:
+            raise BadInput(f"{folder / name}: not finite labels {list(shape)} of {K} classes: remove {folder} and relabel")
+
+
+def epochs_done(paths):
+    """How many epochs a killed run left whole: those whose stored bytes have the CRC that log.jsonl tells."""
+    done = 0
+    try:
+        entries = [json.loads(line) for line in (paths[0].parent / "log.jsonl").read_text().splitlines()]
+        crc, stored = {entry["epoch"]: entry["crc"] for entry in entries}, [np.load(path, mmap_mode="r") for path in paths]
+        while done < len(stored[0]) and crc.get(done + 1) == [zlib.crc32(array[done].tobytes()) for array in stored]:
+            done += 1
+    except (OSError, ValueError, KeyError, IndexError):    # nothing there yet, or something broken: from here on anew
+        pass
+    return done
+
+
 def write(folder, arrays, network, teacher, images, s):
-    """All epochs in order; a killed run goes on after the last one in log.jsonl. arrays: {file: (shape, dtype)}."""
-    done = len((folder / "log.jsonl").read_text().splitlines()) if (folder / "log.jsonl").is_file() else 0
-    if not done:
-        for name, (shape, dtype) in arrays.items():
-            np.lib.format.open_memmap(folder / (name + ".tmp"), mode="w+", dtype=dtype, shape=shape)
+    """All epochs in order; a killed run goes on after the last whole one. arrays: {file: (shape, dtype)}."""
+    paths = [folder / name if (folder / name).exists() else folder / (name + ".tmp") for name in arrays]
+    done = epochs_done(paths)
     start, said, E, N = time.time(), time.time(), s["keep_epochs"], len(images)
     for epoch in range(done, E):
         views = draw_views(s["seed"], epoch, N, images.shape[-1], s["scale"]).to(images.device)
         logits = torch.cat(list(soft_labels(network, teacher, images, views, s["batch"])))
-        for name, part in zip(arrays, compress(logits, s["top_k"]) if s["top_k"] else [logits]):
-            stored = np.load(folder / (name + ".tmp"), mmap_mode="r+")
-            stored[epoch] = part.cpu().numpy().astype(stored.dtype)
-            stored.flush()
-        squeeze.log(folder, epoch=epoch + 1, seconds=time.time() - start)
+        crc = []
+        for path, (shape, dtype), part in zip(paths, arrays.values(), compress(logits, s["top_k"]) if s["top_k"] else [logits]):
+            data = part.cpu().numpy().astype(dtype).tobytes()
+            with squeeze.writing(path, "r+b" if epoch else "wb") as file:          # mapped, a full disk would be a crash
+                np.lib.format.write_array_header_1_0(
+                    file, dict(descr=np.dtype(dtype).str, fortran_order=False, shape=shape))
+                if not epoch:
+                    file.truncate(file.tell() + E * len(data))
+                file.seek(epoch * len(data), 1)
+                file.write(data)
+            crc.append(zlib.crc32(data))
+        squeeze.log(folder, epoch=epoch + 1, crc=crc, seconds=time.time() - start)
         if time.time() - said > 10 or epoch + 1 == E:
             said, rate = time.time(), (epoch + 1 - done) * N / (time.time() - start)
             print(f"epoch {epoch + 1}/{E}  {rate:.0f} images/s  {(E - epoch - 1) * N / rate / 60:.1f} min left",
                   flush=True)
-    for name in arrays:
-        if (folder / (name + ".tmp")).exists():            # not so if it was killed between here and the end
-            (folder / (name + ".tmp")).replace(folder / name)
+    for name, path in zip(arrays, paths):
+        path.replace(folder / name)                        # in place already if it was killed between here and the end
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -161,7 +199,24 @@ def load_run(run):
     teacher = squeeze.read_config(parent, "squeeze")
     if teacher["artefacts"]["teacher.pt"] != config["inputs"]["teacher.pt"]:
         raise BadInput(f"{run}: made with another teacher than the one in {parent}: recover again")
-    return squeeze.load(run, "images.pt", config), config, parent
+    content, size = squeeze.load(run, "images.pt", config), teacher["settings"]["size"]
+    if not fits(content, size):
+        raise BadInput(f"{run}/images.pt: not uint8 images [N, 3, {size}, {size}] with labels, class names, mean and std, as "
+                       "recover.py writes them: make it again")
+    return content, config, parent
+
+
+def fits(content, size):
+    """Whether images.pt, which may be a stranger's, holds what later stages rely on."""
+    try:
+        images, labels, K, values = content["images"], content["labels"], len(content["classes"]), content["mean"] + content["std"]
+        return (images.dtype == torch.uint8 and labels.dtype == torch.int64 and images.is_contiguous()
+                and images.shape == (*labels.shape, 3, size, size) and 0 <= labels.min() and labels.max() < K
+                and K == len({str(name) for name in content["classes"]} - {""}) and len(values) == 6
+                and all(map(math.isfinite, values)) and min(content["std"]) > 0
+                and content["precision"] in ("float32", "bfloat16"))
+    except Exception:                                      # it may be anything
+        return False
 
 
 def import_images(parent, source, resume):
@@ -174,22 +229,23 @@ def import_images(parent, source, resume):
     teacher = squeeze.load(parent, "teacher.pt", config)
     if not source.is_dir():
         raise BadInput(f"--images {source}: no such folder")
-    strange = sorted({entry.name for entry in source.iterdir() if entry.is_dir()} - set(teacher["classes"]))
+    present, pairs = squeeze.class_folders(source), zip(teacher["classes"], squeeze.folder_names(teacher["classes"]))
+    folders = [name if name in present and folder not in present else folder for name, folder in pairs]
+    strange = sorted(set(present) - set(folders))
     if strange:
         raise BadInput(f"--images {source}: class {strange[0]!r} is none of the teacher's in {parent}")
-    paths, labels = squeeze.image_files(source, teacher["classes"])
+    paths, labels = squeeze.image_files(source, folders)
     seen, order = [0] * len(teacher["classes"]), []
     for path, label in zip(paths, labels.tolist()):
         order.append((seen[label], label, path))
         seen[label] += 1
     order.sort()
     labels = torch.tensor([label for _, label, _ in order])
-    files = squeeze.Files(squeeze.Split([path for *_, path in order], labels), T.PILToTensor())
-    tensors = [files[i][0] for i in range(len(files))]
-    for image, path in zip(tensors, files.split.images):
+    tensors = [squeeze.read_image(path) for *_, path in order]
+    for image, (*_, path) in zip(tensors, order):
         if image.shape[1:] != (teacher["size"], teacher["size"]):
-            wrong = f"{tuple(image.shape[1:])} pixels found, the teacher takes {teacher['size']} squared"
-            raise BadInput(f"{path}: {wrong if image.shape[1] > 1 else 'not a readable image'}: mend or remove it")
+            raise BadInput(f"{path}: {tuple(image.shape[1:])} pixels found, the teacher takes {teacher['size']} squared: "
+                           "mend or remove it")
     images, folder = torch.stack(tensors), parent / source.resolve().name
     s = {key: config["settings"][key] for key in ("dataset", "data", "network")}
     s.update(images=str(source.resolve()), ipc=max(seen))
@@ -241,7 +297,7 @@ def main(argv):
 def ensure(run, teacher, epochs, resume):
     """Make the labels of a run that has none, or the rest of unfinished ones if asked to resume."""
     folder = label_folder(run, teacher)
-    if not folder.is_dir():
+    if not (folder / "config.json").is_file():
         given = (("--epochs", epochs), ("--teacher", teacher))
         flags = [str(run), *(str(word) for pair in given if pair[1] for word in pair)]
         print(f"{run}: no labels yet, so first: python relabel.py {' '.join(flags)}", flush=True)
@@ -259,10 +315,7 @@ def make(run, s, resume):
     parent, teacher_config = labeller(run, run_config, s["teacher"])
     if (s["top_k"] or 1) > K:
         raise BadInput(f"--top-k {s['top_k']} found, must be at most the {K} classes")
-    E, N, k, folder = s["keep_epochs"], len(images), s["top_k"], label_folder(run, s["teacher"])
-    arrays = {"soft_labels.npy": ((E, N, k + 1 if k else K), np.float16)}
-    if k:
-        arrays["top_classes.npy"] = ((E, N, k), np.int16)
+    arrays, folder = arrays_of(s, len(images), K), label_folder(run, s["teacher"])
     size = sum(2 * math.prod(shape) for shape, _ in arrays.values())
     if not (folder / "log.jsonl").is_file() and size > (free := shutil.disk_usage(run).free):
         raise BadInput(f"--epochs {s['epochs']}: soft labels need {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
