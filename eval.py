@@ -146,6 +146,8 @@ def label_source(run, config, args):
         raise BadInput(f"--epochs {args.epochs}: {folder} holds {labels['settings']['epochs']}: relabel with more")
     for name in labels["artefacts"]:
         squeeze.checked(folder, name, labels)
+    content = relabel.load_run(run)[0]
+    relabel.check_labels(folder, labels["settings"], len(content["images"]), len(content["classes"]))
     return labels["settings"], labels["artefacts"]["soft_labels.npy"], labels["results"]["label_bytes"]
 
 
@@ -218,10 +220,10 @@ def export(run, target):
     content, target = relabel.load_run(run)[0], Path(target)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise BadInput(f"--export {target}: not an empty folder: name a new one")
-    seen = [0] * len(content["classes"])
+    seen, names = [0] * len(content["classes"]), squeeze.folder_names(content["classes"])
     try:
         for image, label in zip(content["images"], content["labels"].tolist()):
-            folder = target / content["classes"][label]
+            folder = target / names[label]
             folder.mkdir(parents=True, exist_ok=True)
             to_pil_image(image).save(folder / f"{seen[label]:05d}.png")
             seen[label] += 1
@@ -401,9 +403,11 @@ def main(argv):
     for run in args.runs:                                  # all checks of all runs before any work
         config, folder, labels = relabel.load_run(run)[1], Path(run), relabel.label_folder(run, args.teacher)
         jobs += [(run, network) for network in args.network or [config["settings"]["network"]]]
+        squeeze.lock(folder)
         if not args.resume and ((folder / "result.json").exists() or list(folder.glob("student-*.pt"))):
             raise BadInput(f"{run}: its result.json or student-*.pt is in use: add --resume to add to it, or remove it")
-        if not stored or (labels.is_dir() and squeeze.read_config(labels, "relabel", args.resume)["artefacts"]):
+        made = stored and (labels / "config.json").is_file()
+        if not stored or made and squeeze.read_config(labels, "relabel", args.resume)["artefacts"]:
             sources[run] = label_source(run, config, args)
     sets = {run: test_set(run, args, device) for run in args.runs}
     for run in args.runs:

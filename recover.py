@@ -17,8 +17,10 @@ Writes runs/<dataset>-<network>/<run>/ with images.pt, preview.png, config.json 
 same loop (baselines.py).
 """
 import functools
+import functools
 import math
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -135,12 +137,18 @@ def starting_images(data, ipc, confidence=None):
     return torch.stack(columns, 1)
 
 
-def resumed(folder, chunks, K, pixels, device):
-    """What a killed run left: batches done, their statistics together (EMU) and the seconds they took."""
+def resumed(folder, device):
+    """What a killed run left: batches done, the bytes of their images and these bytes' CRC, their statistics together
+    (EMU) and the seconds they took."""
     if not (folder / "memory.pt").is_file():
-        return dict(b=0, layers={}, seconds=0.0)
-    memory, raw = squeeze.load_state(folder / "memory.pt"), folder / "images.raw"
-    if not raw.is_file() or raw.stat().st_size < memory["b"] // chunks * K * pixels:
+        return dict(b=0, bytes=0, crc=0, layers={}, seconds=0.0)
+    memory, raw, crc, left = squeeze.load_state(folder / "memory.pt"), folder / "images.raw", 0, 0
+    if raw.is_file():
+        with open(raw, "rb") as file:
+            left = memory["bytes"]
+            while left and (block := file.read(min(left, 1 << 20))):
+                crc, left = zlib.crc32(block, crc), left - len(block)
+    if left or crc != memory["crc"]:
         raise BadInput(f"{raw}: not the {memory['b']} batches that memory.pt counts: remove {folder} and start again")
     print(f"resuming after batch {memory['b']}")
     memory["layers"] = {name: spectral.Statistics(*parts).to(device) for name, parts in memory["layers"].items()}
@@ -158,7 +166,7 @@ def distil(job, args):
     chunks = torch.arange(K).split(args.batch)
     index = None if args.init == "noise" else starting_images(job.data, args.ipc,
                                                               job.confidence if args.init == "confident" else None)
-    memory, total = resumed(job.folder, len(chunks), K, 3 * job.data.size**2, device), args.ipc * len(chunks)
+    memory, total = resumed(job.folder, device), args.ipc * len(chunks)
     done, start, before = memory["b"], time.time(), memory["seconds"]
 
     def report(t, entropy, matching):                      # b and k are the loop's
@@ -179,10 +187,12 @@ def distil(job, args):
             if b == done or b % len(chunks) == 0:          # the real side is constant within a round
                 job.matching = spectral.matching(job.real, job.pairs_of(k), args.signal, args.centred)
             images = make_batch(job, args, images.to(device), classes.to(device), memory, rng).cpu()
-        with open(job.folder / "images.raw", "r+b" if b else "wb") as file:
-            file.seek(images[0].numel() * (k * K + int(classes[0])))
-            file.write(images.numpy().tobytes())
-        memory.update(b=b + 1, seconds=before + time.time() - start)
+        pixels = images.numpy().tobytes()
+        with squeeze.writing(job.folder / "images.raw", "r+b" if b else "wb") as file:   # flushed before it is counted
+            file.seek(memory["bytes"])
+            file.write(pixels)
+        memory.update(b=b + 1, bytes=memory["bytes"] + len(pixels), crc=zlib.crc32(pixels, memory["crc"]),
+                      seconds=before + time.time() - start)
         squeeze.save(job.folder / "memory.pt", {**memory, "layers": {name: tuple(layer) for name, layer in
                                                                      memory["layers"].items()}})
     return memory["seconds"]
@@ -295,7 +305,7 @@ def run(args, method, defaults, pairs_for):
     (parent, flags), device = choose_teacher(args), squeeze.pick_device()
     squeeze.fill(args, preset_of(args))
     squeeze.show(args)
-    made = squeeze.read_config(parent, "squeeze", args.resume)["settings"] if parent.is_dir() else {}
+    made = squeeze.read_config(parent, "squeeze", args.resume)["settings"] if (parent / "config.json").is_file() else {}
     args.data = str(Path(args.data or made.get("data", "data")).resolve())
     data = squeeze.load_data(args.dataset, args.data, *(made.get(key) for key in ("size", "classes", "validate")))
     if args.init != "noise":

@@ -12,9 +12,11 @@ log.jsonl. Where full labels are too large (ImageNet at IPC 50: 28 GB for 0.75 G
 epochs and --top-k fewer logits.
 """
 import hashlib
+import json
 import math
 import shutil
 import time
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,28 +122,66 @@ def read_epoch(folder, settings, epoch, K):
     return expand(values, torch.from_numpy(np.load(folder / "top_classes.npy", mmap_mode="r")[stored].copy()), K)
 
 
+def arrays_of(settings, N, K):
+    """{file: (shape, dtype)} of the labels that settings ask for."""
+    E, k = settings["keep_epochs"], settings["top_k"]
+    arrays = {"soft_labels.npy": ((E, N, k + 1 if k else K), np.float16)}
+    return {**arrays, "top_classes.npy": ((E, N, k), np.int16)} if k else arrays
+
+
+def check_labels(folder, settings, N, K):
+    """Refuse stored labels that do not fit the run, whatever their config says."""
+    for name, (shape, dtype) in arrays_of(settings, N, K).items():
+        low, high = (-1, K) if dtype is np.int16 else (-math.inf, math.inf)
+        try:
+            found = np.load(folder / name, mmap_mode="r")
+            fine = (found.shape, found.dtype) == (shape, dtype) and all(low < e.min() and e.max() < high for e in found)
+        except (OSError, ValueError):
+            fine = False
+        if not fine:
+            raise BadInput(f"{folder / name}: not finite labels {list(shape)} of {K} classes: remove {folder} and "
+                           "relabel")
+
+
+def epochs_done(paths):
+    """How many epochs a killed run left whole: those whose stored bytes have the CRC that log.jsonl tells."""
+    done = 0
+    try:
+        entries = [json.loads(line) for line in (paths[0].parent / "log.jsonl").read_text().splitlines()]
+        crc = {entry["epoch"]: entry["crc"] for entry in entries}
+        stored = [np.load(path, mmap_mode="r") for path in paths]
+        while done < len(stored[0]) and crc.get(done + 1) == [zlib.crc32(array[done].tobytes()) for array in stored]:
+            done += 1
+    except (OSError, ValueError, KeyError, IndexError):    # nothing there yet, or something broken: from here on anew
+        pass
+    return done
+
+
 def write(folder, arrays, label, args):
-    """All epochs in order; a killed run goes on after the last one in log.jsonl. arrays: {file: (shape, dtype)};
-    label(epoch): the teacher's logits [N, K]."""
-    done = len((folder / "log.jsonl").read_text().splitlines()) if (folder / "log.jsonl").is_file() else 0
-    if not done:
-        for name, (shape, dtype) in arrays.items():
-            np.lib.format.open_memmap(folder / (name + ".tmp"), mode="w+", dtype=dtype, shape=shape)
-    start = printed = time.time()
+    """All epochs in order; a killed run goes on after the last whole one. arrays: {file: (shape, dtype)}; label(epoch):
+    the teacher's logits [N, K]."""
+    paths = [folder / name if (folder / name).exists() else folder / (name + ".tmp") for name in arrays]
+    done, start, printed = epochs_done(paths), time.time(), time.time()
     for epoch in range(done, args.keep_epochs):
-        logits = label(epoch)
-        for name, part in zip(arrays, compress(logits, args.top_k) if args.top_k else [logits]):
-            stored = np.load(folder / (name + ".tmp"), mmap_mode="r+")
-            stored[epoch] = part.cpu().numpy().astype(stored.dtype)
-            stored.flush()
-        squeeze.log(folder, epoch=epoch + 1, seconds=time.time() - start)
+        logits, crc = label(epoch), []
+        parts = compress(logits, args.top_k) if args.top_k else [logits]
+        for path, (shape, dtype), part in zip(paths, arrays.values(), parts):
+            data = part.cpu().numpy().astype(dtype).tobytes()
+            with squeeze.writing(path, "r+b" if epoch else "wb") as file:      # mapped, a full disk would be a crash
+                np.lib.format.write_array_header_1_0(
+                    file, dict(descr=np.dtype(dtype).str, fortran_order=False, shape=shape))
+                if not epoch:
+                    file.truncate(file.tell() + args.keep_epochs * len(data))
+                file.seek(epoch * len(data), 1)
+                file.write(data)
+            crc.append(zlib.crc32(data))
+        squeeze.log(folder, epoch=epoch + 1, crc=crc, seconds=time.time() - start)
         if time.time() - printed > 10 or epoch + 1 == args.keep_epochs:
             printed, rate = time.time(), (epoch + 1 - done) / (time.time() - start)
             print(f"epoch {epoch + 1}/{args.keep_epochs}  {rate * len(logits):.0f} images/s  "
                   f"{(args.keep_epochs - epoch - 1) / rate / 60:.1f} min left", flush=True)
-    for name in arrays:
-        if (folder / (name + ".tmp")).exists():            # not so if it was killed between here and the end
-            (folder / (name + ".tmp")).replace(folder / name)
+    for name, path in zip(arrays, paths):
+        path.replace(folder / name)                        # in place already if it was killed between here and the end
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,7 +194,25 @@ def load_run(run):
     teacher = squeeze.read_config(parent, "squeeze")
     if teacher["artefacts"]["teacher.pt"] != config["inputs"]["teacher.pt"]:
         raise BadInput(f"{run}: made with another teacher than the one in {parent}: recover again")
-    return squeeze.load(run, "images.pt", config), config, parent
+    content, size = squeeze.load(run, "images.pt", config), teacher["settings"]["size"]
+    if not fits(content, size):
+        raise BadInput(f"{run}/images.pt: not uint8 images [N, 3, {size}, {size}] with labels, class names, mean and std, "
+                       "as recover.py writes them: make it again")
+    return content, config, parent
+
+
+def fits(content, size):
+    """Whether images.pt, which may be a stranger's, holds what later stages rely on."""
+    try:
+        images, labels, K = content["images"], content["labels"], len(content["classes"])
+        values = content["mean"] + content["std"]
+        return (images.dtype == torch.uint8 and labels.dtype == torch.int64 and images.is_contiguous()
+                and images.shape == (*labels.shape, 3, size, size) and 0 <= labels.min() and labels.max() < K
+                and K == len({str(name) for name in content["classes"]} - {""}) and len(values) == 6
+                and all(map(math.isfinite, values)) and min(content["std"]) > 0
+                and content["precision"] in ("float32", "bfloat16"))
+    except Exception:                                      # it may be anything
+        return False
 
 
 def import_images(parent, source, resume):
@@ -167,25 +225,23 @@ def import_images(parent, source, resume):
     teacher = squeeze.load(parent, "teacher.pt", config)
     if not source.is_dir():
         raise BadInput(f"--images {source}: no such folder")
-    strange = sorted({entry.name for entry in source.iterdir() if entry.is_dir()} - set(teacher["classes"]))
+    present, pairs = squeeze.class_folders(source), zip(teacher["classes"], squeeze.folder_names(teacher["classes"]))
+    folders = [name if name in present and folder not in present else folder for name, folder in pairs]
+    strange = sorted(set(present) - set(folders))
     if strange:
         raise BadInput(f"--images {source}: class {strange[0]!r} is none of the teacher's in {parent}")
-    paths, labels = squeeze.image_files(source, teacher["classes"])
-    seen, order = [0] * len(teacher["classes"]), []
-    for path, label in zip(paths, labels.tolist()):
-        order.append((seen[label], label, path))
-        seen[label] += 1
-    order.sort()
-    labels = torch.tensor([label for _, label, _ in order])
-    files = squeeze.Files(squeeze.Split([path for *_, path in order], labels), T.PILToTensor())
-    tensors = [files[i][0] for i in range(len(files))]
+    paths, labels = squeeze.image_files(source, folders)
+    position = torch.cat([torch.arange(n) for n in torch.bincount(labels)])        # in its class; paths go class by class
+    order = np.lexsort((labels, position))
+    files = squeeze.Files(squeeze.Split([paths[i] for i in order], labels[order]), T.PILToTensor())
+    tensors, labels = [files[i][0] for i in range(len(files))], files.split.labels
     for image, path in zip(tensors, files.split.images):
         if image.shape[1:] != (teacher["size"], teacher["size"]):
             wrong = f"{tuple(image.shape[1:])} pixels found, the teacher takes {teacher['size']} squared"
             raise BadInput(f"{path}: {wrong if image.shape[1] > 1 else 'not a readable image'}: mend or remove it")
     images, folder = torch.stack(tensors), parent / source.resolve().name
     s = {key: config["settings"][key] for key in ("dataset", "data", "network")}
-    s.update(images=str(source.resolve()), ipc=max(seen))
+    s.update(images=str(source.resolve()), ipc=1 + int(position.max()))
     digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
     inputs = {"data": config["inputs"]["data"], "images": digest, **config["artefacts"]}
     run = squeeze.open_run(folder, "recover", s, inputs, resume)
@@ -231,7 +287,7 @@ def main(argv):
 def ensure(run, teacher, epochs, resume):
     """Make the labels of a run that has none, or the rest of unfinished ones if asked to resume."""
     folder = label_folder(run, teacher)
-    if not folder.is_dir():
+    if not (folder / "config.json").is_file():
         flags = [str(word) for pair in (("--epochs", epochs), ("--teacher", teacher)) if pair[1] for word in pair]
         print(f"{run}: no labels yet, so first: python relabel.py {run} {' '.join(flags)}", flush=True)
         main([str(run), *flags])
@@ -245,13 +301,10 @@ def make(run, args):
     device = squeeze.pick_device()
     content, run_config, _ = load_run(run)
     parent, teacher_config = labeller(run, run_config, args.teacher)
-    N, K, S, k = len(content["images"]), len(content["classes"]), content["images"].shape[-1], args.top_k
-    if (k or 1) > K:
-        raise BadInput(f"--top-k {k} found, must be at most the {K} classes")
-    folder, shape = label_folder(run, args.teacher), (args.keep_epochs, N, k + 1 if k else K)
-    arrays = {"soft_labels.npy": (shape, "f2")}
-    if k:
-        arrays["top_classes.npy"] = ((args.keep_epochs, N, k), "i2")
+    N, K, S = len(content["images"]), len(content["classes"]), content["images"].shape[-1]
+    if (args.top_k or 1) > K:
+        raise BadInput(f"--top-k {args.top_k} found, must be at most the {K} classes")
+    folder, arrays = label_folder(run, args.teacher), arrays_of(vars(args), N, K)
     size = sum(2 * math.prod(shape) for shape, _ in arrays.values())
     if not (folder / "log.jsonl").is_file() and size > (free := shutil.disk_usage(run).free):
         raise BadInput(f"--epochs {args.epochs}: soft labels need {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
@@ -266,7 +319,7 @@ def make(run, args):
               "teacher.pt": teacher_config["artefacts"]["teacher.pt"]}
     config = squeeze.open_run(folder, "relabel", squeeze.settings(args, hidden=("run", "images")), inputs, args.resume)
     if not config["artefacts"]:
-        print(f"{folder}: logits {list(shape)}, {size / 1e6:.2f} MB; images are "
+        print(f"{folder}: logits {list(arrays['soft_labels.npy'][0])}, {size / 1e6:.2f} MB; images are "
               f"{images.numel() / 1e6:.2f} MB")
         write(folder, arrays, label, args)
         squeeze.finish_run(folder, config, list(arrays), label_bytes=size)

@@ -10,15 +10,19 @@ stages take it from there. The stage is at the end. Before it stands what all st
 those above it: presets, errors and flags, data sets, views, networks, run folders.
 """
 import argparse
+import contextlib
 import ctypes
 import functools
 import hashlib
+import io
 import json
 import math
 import os
 import pickle
+import re
 import sys
 import time
+import zipfile
 from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +38,12 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, make_dat
 from torchvision.datasets.utils import download_and_extract_archive
 
 import spectral
+
+try:
+    import fcntl
+    import resource
+except ImportError:                                        # Windows
+    fcntl = None
 
 # One row a data set: what it is, then each stage's settings (paper, Tables 9-12, and the authors' code for views,
 # labels and students; toy is ours). `ours`: what did better than the paper's where it was measured (README). batch: up
@@ -74,6 +84,9 @@ PRESETS = {
 class BadInput(ValueError):
     """Something the user can mend. The message is one line: the flag or file, what was found, what to do."""
 
+    def __init__(self, message):                           # one line, whatever a stranger calls files and classes
+        super().__init__("".join(c if c.isprintable() else "?" for c in message))
+
 
 class Parser(argparse.ArgumentParser):
     """argparse with the first two paragraphs of a script's docstring as help, and one-line errors like all others."""
@@ -89,35 +102,32 @@ class Parser(argparse.ArgumentParser):
 def number(kind, low, strict=False):
     """An argparse type: an int or float that is >= low (> low if strict)."""
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of type {kind.__name__}") from None
+        value = kind(text)
         if not low <= value < 2**63 or (strict and value == low):                     # NaN is neither
             raise argparse.ArgumentTypeError(f"{text} found, must be {'>' if strict else '>='} {low} and below 2^63")
         return value
+    parse.__name__ = kind.__name__                         # argparse names it for what is no number
     return parse
 
 
 def script(main):
-    """Run a stage's main(): a BadInput becomes one line on stderr and exit code 1."""
+    """Run a stage's main(): what the user can mend becomes one line on stderr and exit code 1."""
     keep_freed_memory()
     try:
-        main(sys.argv[1:])
-    except BadInput as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        return main(sys.argv[1:])
+    except (BadInput, OSError) as error:
+        reason = str(error)
+    except (MemoryError, torch.OutOfMemoryError):
+        reason = "out of memory: lower --batch, then --resume"
     except KeyboardInterrupt:
-        sys.exit(f"{Path(sys.argv[0]).name}: interrupted; the same command with --resume goes on")
+        reason = "interrupted; the same command with --resume goes on"
+    sys.exit(f"{Path(sys.argv[0]).name}: {reason}")
 
 
 def keep_freed_memory():
     """Ask glibc to keep freed blocks. By default every large activation is handed back to the kernel and faulted in
     again, page by page, at each step: 40 % of a ConvNet training step on a CPU. Elsewhere than on Linux: nothing."""
-    if sys.platform == "linux":
-        try:
-            libc = ctypes.CDLL("libc.so.6")
-        except OSError:                                    # musl
-            return
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)                                # M_MMAP_MAX: no block comes from mmap
         libc.mallopt(-1, 2**31 - 1)                        # M_TRIM_THRESHOLD: the heap is never trimmed
 
@@ -127,15 +137,12 @@ def pick_device():
 
 
 def peak_memory(device):
-    """Peak memory of this process in MB: CUDA's counter on a GPU, the resident set otherwise."""
+    """Peak memory of this process in MB: CUDA's counter on a GPU, the resident set otherwise (NaN on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
-    status = Path("/proc/self/status")                     # getrusage would count the parent's memory before exec
-    if status.is_file():
+    if (status := Path("/proc/self/status")).is_file():    # getrusage would count the parent's memory before exec
         return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1e3
-    import resource                                        # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6 if fcntl else math.nan            # macOS: bytes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,19 +170,16 @@ def toy(per_class, classes, seed, size=32):
     phase and strength of its stripes, and adds pixel noise. Returns uint8 [n, 3, S, S], int64 [n], class by class.
     """
     layouts = np.random.default_rng([1234, classes]).random(((classes + 1) // 2, 3, 3, 3), dtype=np.float32)
-    rng = np.random.default_rng([seed, classes])
-    grid = torch.arange(size, dtype=torch.float32)
-    images, labels = [], torch.arange(classes).repeat_interleave(per_class)
+    rng, grid, images = np.random.default_rng([seed, classes]), torch.arange(size, dtype=torch.float32), []
+    normal = lambda *shape: torch.from_numpy(rng.standard_normal((per_class, 3, *shape), dtype=np.float32))
     for k in range(classes):
-        bend = 0.3 * rng.standard_normal((per_class, 3, 3, 3), dtype=np.float32)
-        coarse = torch.from_numpy(0.2 + 0.6 * layouts[k // 2] + bend)
+        coarse = torch.from_numpy(0.2 + 0.6 * layouts[k // 2]) + 0.3 * normal(3, 3)
         coarse = F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True)
         phase, strength = torch.from_numpy(rng.random((2, per_class, 1), dtype=np.float32))
         wave = (0.03 + 0.1 * strength) * torch.sin(2 * math.pi * (grid / 4 + phase))
         wave = wave[:, None, None, :] if k % 2 else wave[:, None, :, None]
-        noise = torch.from_numpy(rng.standard_normal((per_class, 3, size, size), dtype=np.float32))
-        images.append(((coarse + wave + 0.12 * noise).clamp(0, 1) * 255).round().to(torch.uint8))
-    return torch.cat(images), labels
+        images.append(((coarse + wave + 0.12 * normal(size, size)).clamp(0, 1) * 255).round().to(torch.uint8))
+    return torch.cat(images), torch.arange(classes).repeat_interleave(per_class)
 
 
 def load_toy(root, size, classes):
@@ -183,44 +187,54 @@ def load_toy(root, size, classes):
     return Split(*train), Split(*test), [f"layout{k // 2}-{('rows', 'columns')[k % 2]}" for k in range(classes)]
 
 
-class AnyCIFAR10(CIFAR10):
-    """torchvision's CIFAR-10, but content with files of other checksums: copies that were pickled again are common."""
-    train_list = [[name, None] for name, _ in CIFAR10.train_list]
-    test_list = [[name, None] for name, _ in CIFAR10.test_list]
-    meta = {**CIFAR10.meta, "md5": None}
-
-
-def load_cifar(kind, root, per_file):
-    """(train, test, classes). Downloads when a file is missing; checks every file's shape, count and labels."""
-    folder = Path(root) / kind.base_folder
-    names = [name for name, _ in kind.train_list + kind.test_list]
-    missing = [name for name in [*names, kind.meta["filename"]] if not (folder / name).is_file()]
+def download(url, md5, root, what):
+    """Fetch and unpack the archive that holds root/what."""
+    print(f"{root}/{what} is missing: downloading {url}")
     try:
-        if missing:
-            print(f"{folder}: {missing[0]} is missing: downloading {kind.url}")
-        train, test = (kind(root, train=flag, download=bool(missing)) for flag in (True, False))
-    except Exception as error:                             # what pickle and urllib raise has no common ancestor
-        for name, n in zip(names, per_file):
-            if (folder / name).is_file() and (found := count_cifar(folder / name)) != n:
-                raise BadInput(f"--data {folder / name}: {found} found, expected {n} images: remove it") from error
-        raise BadInput(f"--data {root}: {kind.base_folder}/{missing[0] if missing else kind.meta['filename']} cannot "
-                       f"be read or downloaded ({type(error).__name__}): unpack {kind.filename} there") from error
-    n_train, K = sum(per_file) - per_file[-1], len(train.classes)
-    for part, n in ((train, n_train), (test, per_file[-1])):
-        if part.data.shape != (n, 32, 32, 3) or sorted(set(part.targets)) != list(range(K)):
-            raise BadInput(f"--data {folder}: images {part.data.shape} with {len(set(part.targets))} labels found, "
-                           f"expected ({n}, 32, 32, 3) with {K}: remove the folder and download again")
-    splits = [Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
-              for part in (train, test)]
-    return *splits, list(train.classes)
+        download_and_extract_archive(url, root, md5=md5)
+    except Exception as error:                             # what urllib and tarfile raise has no common ancestor
+        raise BadInput(f"--data {root}: {what} is missing and cannot be downloaded ({type(error).__name__}): unpack "
+                       f"{url.split('/')[-1]} there") from error
 
 
-def count_cifar(path):
-    """The number of images in a CIFAR batch file, or the word for what is wrong with it."""
-    try:
-        return len(pickle.loads(path.read_bytes(), encoding="latin1")["data"])
-    except Exception:
-        return "a truncated or damaged file"
+class Plain(pickle.Unpickler):
+    """Reads the pickles of CIFAR, anybody's copy: arrays, numbers, strings, lists and dicts. What a pickle names by one
+    of these names is ours, all else is refused: it runs no code and gets no memory that its own bytes do not fill."""
+    names = {"_reconstruct": lambda *claims: np.empty(0, np.uint8), "ndarray": None,
+             "dtype": lambda code, *rest: np.dtype({code: code for code in ("u1", "i4", "i8")}[code]),
+             "scalar": lambda dtype, raw: np.frombuffer(raw, dtype)[0], "encode": lambda text, _: text.encode("latin1"),
+             "_frombuffer": lambda raw, dtype, shape, order: np.frombuffer(raw, dtype).reshape(shape, order=order)}
+
+    def find_class(self, module, name):
+        return self.names[name]
+
+
+def load_cifar(kind, root):
+    """(train, test, classes), every file checked. kind: torchvision's class, which knows names and checksums."""
+    folder, key, files, classes = Path(root) / kind.base_folder, kind.meta["key"], {}, []
+    names = [kind.meta["filename"], *(name for name, _ in kind.train_list + kind.test_list)]
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        download(kind.url, kind.tgz_md5, root, f"{kind.base_folder}/{missing[0]}")
+    for name in names:
+        n, K = 50000 if name == "train" else 10000, len(classes)
+        try:
+            content = Plain(io.BytesIO((folder / name).read_bytes()), encoding="latin1").load()
+            if name == names[0]:
+                classes = [str(word) for word in content[key]]
+                continue
+            images, labels = content["data"], np.array(content[key.replace("label_names", "labels")], np.int64)
+            found = f"{images.dtype} {images.shape} with labels {labels.shape} from {labels.min()} to {labels.max()}"
+        except Exception as error:                         # nor has what pickle raises
+            raise BadInput(f"--data {folder / name}: a truncated, damaged or hostile file found: remove it") from error
+        if found != f"uint8 {(n, 3072)} with labels {(n,)} from 0 to {K - 1}":
+            raise BadInput(f"--data {folder / name}: {found} found, expected {n} images of {K} classes: remove it")
+        files[name] = torch.from_numpy(images).view(n, 3, 32, 32), torch.from_numpy(labels)
+    *train, test = files.values()
+    return Split(*map(torch.cat, zip(*train))), Split(*test), classes
+
+
+def class_folders(root):
+    return sorted(entry.name for entry in Path(root).glob("*") if entry.is_dir())
 
 
 def image_files(root, names):
@@ -230,55 +244,63 @@ def image_files(root, names):
     counts = torch.bincount(labels, minlength=len(names))
     if counts.min() == 0:
         raise BadInput(f"{root}: no image in class {names[int(counts.argmin())]!r}: every class needs some")
-    return paths, labels
+    return Split(paths, labels)
+
+
+def folder_names(classes):
+    """What an export calls the folders of classes: their names, with %XX (of UTF-8, as in a URL) for what could lead out
+    of the export, or what Windows reserves, or upper case where two names differ in nothing else."""
+    lower = [name.lower() for name in classes]
+
+    def risky(name, i, c):
+        return (not (c.isascii() and c.isalnum() or c in " _-.") or c in " ." and i in (0, len(name) - 1)
+                or c.isupper() and lower.count(name.lower()) > 1
+                or i == 0 and re.match(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", name.lower()))
+    return ["".join("".join(f"%{byte:02X}" for byte in c.encode("utf8", "surrogatepass")) if risky(name, i, c) else c
+                    for i, c in enumerate(name)) for name in classes]
 
 
 def load_folder(root, size, classes):
     """Any train/ + val/ of class folders: ImageNet as torchvision has it, or the user's own images."""
-    names = {}
-    for part in ("train", "val"):
-        names[part] = sorted(entry.name for entry in (Path(root) / part).glob("*") if entry.is_dir())
-        if not names[part]:
-            raise BadInput(f"--data {root}: no class folders in {part}/: expected {part}/<class>/<image>")
-    for name in names["val"]:
-        if name not in names["train"]:
-            raise BadInput(f"--data {root}: class {name!r} is in val/ and not in train/: remove or complete it")
-    test = [(path, names["train"].index(names["val"][label])) for path, label in
-            zip(*image_files(Path(root) / "val", names["val"]))]
-    return (Split(*image_files(Path(root) / "train", names["train"])),
-            Split([path for path, _ in test], torch.tensor([label for _, label in test])), names["train"])
+    train, val = (class_folders(Path(root) / part) for part in ("train", "val"))
+    if not (train and val):
+        raise BadInput(f"--data {root}: no class folders in {'val' if train else 'train'}/: expected "
+                       f"{'val' if train else 'train'}/<class>/<image>")
+    if strange := sorted(set(val) - set(train)):
+        raise BadInput(f"--data {root}: class {strange[0]!r} is in val/ and not in train/: remove or complete it")
+    test = image_files(Path(root) / "val", val)
+    position = torch.tensor([train.index(name) for name in val])
+    return image_files(Path(root) / "train", train), test._replace(labels=position[test.labels]), train
 
 
 def load_tiny(root, size, classes):
     """Tiny-ImageNet-200 as in the original zip, or a copy of it with fewer classes."""
     folder = Path(root) / "tiny-imagenet-200"
     if not folder.is_dir():
-        print(f"{folder} is missing: downloading {TINY_URL}")
-        try:
-            download_and_extract_archive(TINY_URL, root, md5=TINY_MD5)
-        except Exception as error:
-            raise BadInput(f"--data {root}: tiny-imagenet-200 cannot be downloaded ({type(error).__name__}): put "
-                           f"{TINY_URL.split('/')[-1]} there, unpacked") from error
-    names = sorted(entry.name for entry in (folder / "train").glob("*") if entry.is_dir())
-    annotations = folder / "val" / "val_annotations.txt"
+        download("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de", root, folder.name)
+    names, annotations = class_folders(folder / "train"), folder / "val" / "val_annotations.txt"
     if not names or not annotations.is_file():
         raise BadInput(f"--data {root}: tiny-imagenet-200 has no {'val/val_annotations.txt' if names else 'train/'}: "
                        "unpack it again")
-    rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines() if line.strip()]
-    rows = [(str(folder / "val" / "images" / file), names.index(wnid)) for file, wnid in rows if wnid in names]
-    absent = [path for path, _ in rows if not os.path.isfile(path)]
+    rows = [line.split("\t")[:2] for line in annotations.read_text(errors="replace").splitlines() if "\t" in line]
+    rows = [(folder / "val" / "images" / Path(file).name, names.index(wnid)) for file, wnid in rows if wnid in names]
+    absent = [path for path, _ in rows if not path.is_file()]
     if absent or not rows:
         what = f"names {absent[0]}, which is not there" if absent else "holds no image of the classes in train/"
         raise BadInput(f"{annotations}: {what}: unpack it again")
-    return (Split(*image_files(folder / "train", names)),
-            Split([path for path, _ in rows], torch.tensor([label for _, label in rows])), names)
+    return (image_files(folder / "train", names),
+            Split([str(path) for path, _ in rows], torch.tensor([label for _, label in rows])), names)
 
 
-TINY_URL, TINY_MD5 = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"
-LOADERS = {"toy": load_toy,
-           "cifar10": lambda root, size, classes: load_cifar(AnyCIFAR10, root, [10000] * 6),
-           "cifar100": lambda root, size, classes: load_cifar(CIFAR100, root, [50000, 10000]),
+LOADERS = {"toy": load_toy, "cifar10": lambda root, size, classes: load_cifar(CIFAR10, root),
+           "cifar100": lambda root, size, classes: load_cifar(CIFAR100, root),
            "tiny": load_tiny, "imagenet": load_folder, "folder": load_folder}
+
+
+def select(split, index):
+    """The images of a split at positions index [n]."""
+    images = split.images[index] if torch.is_tensor(split.images) else [split.images[i] for i in index]
+    return Split(images, split.labels[index])
 
 
 def hold_out(train):
@@ -288,19 +310,14 @@ def hold_out(train):
     for c in train.labels.unique():
         own = (train.labels == c).nonzero().flatten()
         held[own[len(own) - math.ceil(len(own) / 10):]] = True
-    if torch.is_tensor(train.images):
-        return tuple(Split(train.images[part], train.labels[part]) for part in (~held, held))
-    return tuple(Split([train.images[i] for i in part.nonzero().flatten()], train.labels[part])
-                 for part in (~held, held))
+    return tuple(select(train, part.nonzero().flatten()) for part in (~held, held))
 
 
 def load_data(name, root, size=None, classes=None, validate=None):
     """Load a data set by name. root: the folder it lies in (--data); validate: see hold_out. Raises BadInput for
     whatever is wrong with it."""
-    if name in ("imagenet", "folder") and not Path(root).is_dir():
-        raise BadInput(f"--data {root}: no such folder; {name} needs one with train/ and val/")
-    if root != "data" and name != "toy" and not Path(root).is_dir():
-        raise BadInput(f"--data {root}: no such folder; create it to have {name} downloaded there, or name another")
+    if not Path(root).is_dir() and (name in ("imagenet", "folder") or root != "data" and name != "toy"):
+        raise BadInput(f"--data {root}: no such folder: name one with {name} in it (folders: train/, val/), or an empty one")
     size = size or PRESETS[name]["size"]
     train, test, names = LOADERS[name](root, size, classes or 10)
     train, test = hold_out(train) if validate else (train, test)
@@ -370,29 +387,22 @@ def constant(values, device):
 
 def batches(data, split, batch):
     """Every image of a split once, in order, under the evaluation transform: yields uint8 [B, 3, S, S], int64 [B]."""
-    if not torch.is_tensor(split.images):
-        yield from stream(split, whole_image(data.size), batch)
-    else:
-        for i in range(0, len(split.labels), batch):
-            yield split.images[i:i + batch], split.labels[i:i + batch]
+    if torch.is_tensor(split.images):
+        return zip(split.images.split(batch), split.labels.split(batch))
+    return stream(split, whole_image(data.size), batch)
 
 
 def take(data, split, index):
     """Images of a split by position, under the evaluation transform: uint8 [len(index), 3, S, S]."""
-    if torch.is_tensor(split.images):
-        return split.images[index]
-    chosen = Split([split.images[i] for i in index], split.labels[index])
-    return torch.cat([images for images, _ in batches(data, chosen, 100)])
+    return torch.cat([images for images, _ in batches(data, select(split, index), 500)])
 
 
 def in_memory(data, split, device):
     """The split as one uint8 tensor on the device, if it is small pictures (Tiny-ImageNet: 1.2 GB); larger ones stay
     files, so that training can crop the originals."""
-    if not torch.is_tensor(split.images):
-        if data.size > 64:
-            return split
-        split = Split(torch.cat([images for images, _ in batches(data, split, 500)]), split.labels)
-    return split._replace(images=split.images.to(device))
+    if not torch.is_tensor(split.images) and data.size > 64:
+        return split
+    return split._replace(images=torch.cat([images for images, _ in batches(data, split, 500)]).to(device))
 
 
 def crop_boxes(uniform, scale, ratio=(3 / 4, 4 / 3)):
@@ -518,7 +528,7 @@ def accuracy(network, data, teacher, batch=500):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Run folders: config.json (settings, versions, hashes), log.jsonl (a line an epoch or batch) and the artefacts.
-# Artefacts are written under a temporary name and renamed: if one exists, it is whole.
+# Artefacts are written under a temporary name, flushed and renamed: if one exists, it is whole, even after a power cut.
 
 def sha256(path):
     digest = hashlib.sha256()
@@ -528,34 +538,63 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def read_json(path):
-    """The content of a JSON file of a run folder, {} if there is none."""
+@contextlib.contextmanager
+def writing(path, mode):
+    """open(path, mode), flushed to the disk at the end; BadInput if the disk is full or read-only."""
     try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError:
-        raise BadInput(f"{path}: damaged: remove {path.parent} and make it again") from None
+        with open(path, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:               # torch.save makes a RuntimeError of a full disk
+        why = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None) or "disk full?"
+        raise BadInput(f"{path}: cannot be written ({why}): mend that, then go on with --resume") from error
 
 
-def load_state(path):
-    """What a killed run left to go on with (checkpoint.pt, memory.pt, ...), on the CPU."""
-    try:
-        return torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:                             # whatever unpickling a broken file raises
-        raise BadInput(f"{path}: damaged: remove {path.parent} and make it again") from error
+def json_hash(content):
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def save(path, content):
-    """torch.save for a .pt, JSON for a .json; atomic."""
+    """torch.save for a .pt, JSON with its own hash for a .json; atomic."""
     temporary = path.with_name(path.name + ".tmp")
-    if path.suffix == ".json":
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-    else:
-        torch.save(content, temporary)
+    with writing(temporary, "wb") as file:
+        if path.suffix == ".json":
+            file.write(json.dumps({**content, "sha256": json_hash(content)}, indent=1).encode() + b"\n")
+        else:
+            torch.save(content, file)
     os.replace(temporary, path)
+    if fcntl:                                              # the renaming, too, is to survive a power cut
+        handle = os.open(path.parent, os.O_RDONLY)
+        os.fsync(handle), os.close(handle)
+
+
+def read_json(path):
+    """The content of a JSON file of a run folder, {} if there is none, checked against the hash it carries."""
+    try:
+        content = json.loads(path.read_text()) if path.exists() else {}
+        if content.pop("sha256", None) not in (None, json_hash(content)):
+            raise ValueError
+        return content
+    except (ValueError, AttributeError, OSError, RecursionError):
+        what = path.parent if path.stem == "config" else "it"
+        raise BadInput(f"{path}: damaged: remove {what} and make it again") from None
+
+
+def load_state(path):
+    """The tensors and plain containers of a .pt, on the CPU. BadInput if it holds anything else, if a byte is not as
+    written (torch reads without checking the CRCs), or if it would unpack to more than its own size."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(part.file_size for part in archive.infolist()) > path.stat().st_size or archive.testzip():
+                raise ValueError
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:                             # whatever unpickling a broken file raises
+        raise BadInput(f"{path}: damaged, or holds more than tensors: remove it and make it again") from error
 
 
 def log(folder, **entry):
-    with open(folder / "log.jsonl", "a") as file:
+    with writing(folder / "log.jsonl", "a") as file:
         file.write(json.dumps(entry) + "\n")
 
 
@@ -566,6 +605,8 @@ def read_config(folder, stage, unfinished=False):
         raise BadInput(f"{folder}: no config.json, so no run of {stage}.py: check the path")
     if config.get("stage") != stage:
         raise BadInput(f"{folder}: a run of {config.get('stage')}.py, expected one of {stage}.py")
+    if not all(isinstance(config.get(part), dict) for part in ("settings", "inputs", "artefacts", "results")):
+        raise BadInput(f"{folder}: config.json is incomplete: remove {folder} and run {stage}.py again")
     if not config["artefacts"] and not unfinished:
         raise BadInput(f"{folder}: unfinished: run {stage}.py again with --resume")
     return config
@@ -573,48 +614,64 @@ def read_config(folder, stage, unfinished=False):
 
 def checked(folder, name, config):
     """The path of an artefact of a run folder, after checking it against the hash in its config."""
-    path = Path(folder) / name
+    path, recorded = Path(folder) / name, str(config["artefacts"].get(name))
     if not path.is_file():
         raise BadInput(f"{path}: missing: remove {folder} and run {config['stage']}.py again")
-    if (found := sha256(path)) != config["artefacts"][name]:
-        raise BadInput(f"{path}: corrupted, sha256 {found[:12]} found, {config['artefacts'][name][:12]} recorded: "
+    if (found := sha256(path)) != recorded:
+        raise BadInput(f"{path}: corrupted, sha256 {found[:12]} found, {recorded[:12]} recorded: "
                        f"remove {folder} and run {config['stage']}.py again")
     return path
 
 
 def load(folder, name, config):
     """A .pt artefact of a run folder, checked; on the CPU."""
-    return torch.load(checked(folder, name, config), weights_only=True, map_location="cpu")
+    return load_state(checked(folder, name, config))
+
+
+LOCKED = set()                                             # inodes of the folders that this process has locked
+
+
+def lock(folder):
+    """Refuse a folder that another process writes to. The lock lies on the folder itself and ends with the process,
+    however that ends. Windows and some network disks have no such locks: nothing."""
+    if not fcntl:
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        LOCKED.add(os.fstat(handle).st_ino)
+    except BlockingIOError:
+        if os.fstat(handle).st_ino not in LOCKED:
+            raise BadInput(f"{folder}: another process is at work here: wait for it, or stop it") from None
+    except OSError:
+        pass
 
 
 def open_run(folder, stage, settings, inputs, resume):
     """Start a run folder, or continue one where --resume was given: returns its config.
 
     settings: every resolved flag; inputs: {what: sha256}. A folder made with other settings or inputs is refused, and
-    so is a non-empty one without --resume: nothing is overwritten silently.
+    so is a non-empty one without --resume: nothing is overwritten silently. One process at a time (see lock).
     """
-    path = folder / "config.json"
-    if folder.is_dir() and any(folder.iterdir()):
-        if not resume:
-            raise BadInput(f"{folder}: in use: add --resume to continue what is there, or remove the folder")
-        config = read_json(path)
-        if config.get("stage") != stage:
-            raise BadInput(f"--resume {folder}: not a run of {stage}.py: remove it or use another folder")
-        for now, then in ((settings, config["settings"]), (inputs, config["inputs"])):
-            for key in now:
-                if now[key] != then.get(key):
-                    raise BadInput(f"--resume {folder}: {key} is {now[key]!r} now and was {then.get(key)!r}: give the "
-                                   f"same, or remove the folder")
-        return config
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock(folder)
     except OSError as error:
         raise BadInput(f"{folder}: this folder cannot be made ({error.strerror}): mend what is in its way") from error
-    config = dict(stage=stage, settings=settings, inputs=inputs, artefacts={}, results={},
-                  versions=dict(python=sys.version.split()[0], torch=torch.__version__,
-                                torchvision=torchvision.__version__,
-                                numpy=np.__version__))
-    save(path, config)
+    if all(entry.suffix == ".tmp" for entry in folder.iterdir()):          # new, or killed at this very point
+        versions = dict(python=sys.version.split()[0], torch=torch.__version__, torchvision=torchvision.__version__,
+                        numpy=np.__version__)
+        config = dict(stage=stage, settings=settings, inputs=inputs, artefacts={}, results={}, versions=versions)
+        save(folder / "config.json", config)
+        return config
+    if not resume:
+        raise BadInput(f"{folder}: in use: add --resume to continue what is there, or remove the folder")
+    config = read_config(folder, stage, True)
+    for now, then in ((settings, config["settings"]), (inputs, config["inputs"])):
+        for key in now:
+            if now[key] != then.get(key) and (now is inputs or key not in ("data", "images")):    # moved: hashes tell
+                raise BadInput(f"--resume {folder}: {key} is {now[key]!r} now and was {then.get(key)!r}: give the "
+                               f"same, or remove the folder")
     return config
 
 
@@ -836,7 +893,7 @@ def teacher_folder(args):
 
 def ensure(folder, flags, resume):
     """Squeeze a missing teacher with these flags, or the rest of an unfinished one if asked to resume."""
-    if not folder.is_dir():
+    if not (folder / "config.json").is_file():
         print(f"{folder}: no teacher yet, so first: python squeeze.py {' '.join(flags)}", flush=True)
         main(flags)
     elif not (config := read_config(folder, "squeeze", resume))["artefacts"]:
