@@ -69,8 +69,8 @@ METHODS = {"dm": (dm, "class", True), "sre2l": (sre2l, "mean", True), "dc": (dc,
 # The stage
 
 def pairs_for(args, real):
-    """recover.distil's pairs_of: the same in every round, there is no curriculum. BadInput if --eta is unstable: gradient
-    descent diverges for eta * lambda > 2."""
+    """recover.distil's pairs_of: the same in every round, there is no curriculum. BadInput if --eta is unstable:
+    gradient descent diverges for eta * lambda > 2."""
     largest = max(torch.linalg.matrix_norm(second_moment(layer.ffc, layer.mean), 2) for layer in real.values())
     if (args.eta or 0) * largest > 2:
         raise BadInput(f"--eta {s['eta']}: gradient descent diverges, eta * lambda is {s['eta'] * largest:.3g}: "

@@ -196,8 +196,8 @@ def load_run(run):
         raise BadInput(f"{run}: made with another teacher than the one in {parent}: recover again")
     content, size = squeeze.load(run, "images.pt", config), teacher["settings"]["size"]
     if not fits(content, size):
-        raise BadInput(f"{run}/images.pt: not uint8 images [N, 3, {size}, {size}] with labels, class names, mean and std, "
-                       "as recover.py writes them: make it again")
+        raise BadInput(f"{run}/images.pt: not uint8 images [N, 3, {size}, {size}] with labels, class names, mean and "
+                       "std, as recover.py writes them: make it again")
     return content, config, parent
 
 
@@ -231,7 +231,7 @@ def import_images(parent, source, resume):
     if strange:
         raise BadInput(f"--images {source}: class {strange[0]!r} is none of the teacher's in {parent}")
     paths, labels = squeeze.image_files(source, folders)
-    position = torch.cat([torch.arange(n) for n in torch.bincount(labels)])        # in its class; paths go class by class
+    position = torch.cat([torch.arange(n) for n in torch.bincount(labels)])    # in its class; paths go class by class
     order = np.lexsort((labels, position))
     files = squeeze.Files(squeeze.Split([paths[i] for i in order], labels[order]), T.PILToTensor())
     tensors, labels = [files[i][0] for i in range(len(files))], files.split.labels

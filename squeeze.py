@@ -248,8 +248,8 @@ def image_files(root, names):
 
 
 def folder_names(classes):
-    """What an export calls the folders of classes: their names, with %XX (of UTF-8, as in a URL) for what could lead out
-    of the export, or what Windows reserves, or upper case where two names differ in nothing else."""
+    """What an export calls the folders of classes: their names, with %XX (of UTF-8, as in a URL) for what could lead
+    out of the export, or what Windows reserves, or upper case where two names differ in nothing else."""
     lower = [name.lower() for name in classes]
 
     def risky(name, i, c):
@@ -277,7 +277,8 @@ def load_tiny(root, size, classes):
     """Tiny-ImageNet-200 as in the original zip, or a copy of it with fewer classes."""
     folder = Path(root) / "tiny-imagenet-200"
     if not folder.is_dir():
-        download("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de", root, folder.name)
+        download("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de", root,
+                 folder.name)
     names, annotations = class_folders(folder / "train"), folder / "val" / "val_annotations.txt"
     if not names or not annotations.is_file():
         raise BadInput(f"--data {root}: tiny-imagenet-200 has no {'val/val_annotations.txt' if names else 'train/'}: "
@@ -317,7 +318,7 @@ def load_data(name, root, size=None, classes=None, validate=None):
     """Load a data set by name. root: the folder it lies in (--data); validate: see hold_out. Raises BadInput for
     whatever is wrong with it."""
     if not Path(root).is_dir() and (name in ("imagenet", "folder") or root != "data" and name != "toy"):
-        raise BadInput(f"--data {root}: no such folder: name one with {name} in it (folders: train/, val/), or an empty one")
+        raise BadInput(f"--data {root}: no such folder: name one with {name} in it, or an empty one to download to")
     size = size or PRESETS[name]["size"]
     train, test, names = LOADERS[name](root, size, classes or 10)
     train, test = hold_out(train) if validate else (train, test)
@@ -829,7 +830,8 @@ def given_weights(network, args, teacher):
             state = torch.load(args.teacher, weights_only=True, map_location="cpu")
         except Exception as error:
             raise BadInput(f"{flag}: not a readable state dict ({type(error).__name__})") from error
-        state = state if isinstance(state, dict) else {}
+        if not isinstance(state, dict):
+            raise BadInput(f"{flag}: not a readable state dict ({type(state).__name__})")
         if state.get("classes", teacher["classes"]) != teacher["classes"]:     # a teacher.pt knows its own
             raise BadInput(f"{flag}: its classes are {str(state['classes'])[:60]}, here they are "
                            f"{str(teacher['classes'])[:60]}: another data set's or class order's")
@@ -837,13 +839,11 @@ def given_weights(network, args, teacher):
         print(f"{flag}: images are normalised with mean {teacher['mean']}, std {teacher['std']}"
               f"{'' if 'mean' in state else ': it names none of its own'}")
         state = state.get("state_dict", state)
-    own = network.state_dict()
-    for key in [*own, *state]:
-        shapes = [tuple(d[key].shape) if hasattr(d.get(key), "shape") else "missing" for d in (state, own)]
-        if shapes[0] != shapes[1]:
-            raise BadInput(f"{flag}: {key} is {shapes[0]} there and {shapes[1]} in {args.network} for this data set: "
-                           "another architecture, input size or class count")
-    network.load_state_dict(state)
+    try:
+        network.load_state_dict(state)
+    except Exception as error:                             # torch's first complaint; what is no dict has one line
+        raise BadInput(f"{flag}: {str(error).splitlines()[:2][-1].strip()[:200]}: no {args.network} for this data set: "
+                       "another architecture, input size or class count") from error
 
 
 def parse(argv):
