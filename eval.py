@@ -281,7 +281,7 @@ def responses(s, layer):
     """{label: f(lambda)} of a recover or baselines run over the real spectrum of a layer; empty for real images."""
     if s["iterations"] == 0:
         return {}
-    psi = spectral.second_moment(layer["ffc"], layer["mean"]) if s.get("uncentred") else layer["ffc"]
+    psi = spectral.Statistics(**layer).uncentred if s.get("uncentred") else layer["ffc"]
     lam = torch.linalg.eigvalsh(psi).clamp(min=0)
     if "method" in s:
         pairs = baselines.METHODS[s["method"]][0](s)

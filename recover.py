@@ -17,7 +17,6 @@ Writes runs/<dataset>-<network>/<run>/ with images.pt, preview.png, config.json 
 squeezed first. Baselines run through the same loop (baselines.py).
 """
 import argparse
-import functools
 import math
 import time
 from pathlib import Path
@@ -70,16 +69,15 @@ def real_layers(found, s, device):
 
 
 def collect(network, s, head, Y):
-    """A collect_moments context of the same layers. Y [B, K]: labels, looked at where signals are class-wise."""
+    """A context with the moments of the same layers. Y [B, K]: labels, looked at where signals are class-wise."""
     select = (lambda name, module: name == head) if s.get("layers") == "last" else spectral.is_main_convolution
-    return spectral.collect_moments(network, select, Y if s["signal"] == "class" else None)
+    return spectral.collect_inputs(network, select, spectral.moments, Y if s["signal"] == "class" else None)
 
 
-def update_of(b, s):
-    """How batch b = 1, 2, ... joins those before it. --emu pool: as if all feature vectors were one set; paper: Eq. 17,
-    the mean over batches, except for H^T H, whose mean is pooling."""
-    pooled = s["emu"] == "pool" or s.get("uncentred")
-    return spectral.merge if pooled else functools.partial(spectral.emu, step=b)
+def step_of(b, s):
+    """How batch b = 1, 2, ... joins those before it. --emu pool: as if all feature vectors were one set (None); paper:
+    Eq. 17, the mean over batches, except for H^T H, whose mean is pooling."""
+    return None if s["emu"] == "pool" or s.get("uncentred") else b
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,7 +130,7 @@ def view_statistics(images, network, current, teacher, rng, views, s):
     for t in range(views):
         with squeeze.autocast(network):
             network(view(images, t))
-        seen = spectral.join(seen, current, update_of(t + 1, s))
+        seen = spectral.join(seen, current, step_of(t + 1, s))
     return {name: layer._replace(count=layer.count // views) for name, layer in seen.items()}
 
 
@@ -198,13 +196,13 @@ def distil(folder, data, network, teacher, statistics, pairs_of, s, device):
             if b == done or b % len(chunks) == 0:          # the real side is constant within a round
                 loss = spectral.matching(real, pairs_of(k), s["signal"], not s.get("uncentred"))
             with collect(network, s, statistics["head"], F.one_hot(classes, K)) as current:
-                update = update_of(b + 1, s)
+                step = step_of(b + 1, s)
                 images = optimise(squeeze.normalise(images.to(device), teacher["mean"], teacher["std"]), classes, network,
-                                  lambda: loss(current, memory["layers"], update), s, teacher, rng, report)
+                                  lambda: loss(current, memory["layers"], step), s, teacher, rng, report)
                 images = to_uint8(images, teacher)
                 if s["emu"] != "off":
                     seen = view_statistics(images.to(device), network, current, teacher, rng, min(10, s["iterations"]), s)
-                    memory["layers"] = spectral.join(memory["layers"], seen, update)
+                    memory["layers"] = spectral.join(memory["layers"], seen, step)
         with open(folder / "images.raw", "r+b" if b else "wb") as file:
             file.seek(images[0].numel() * (k * K + int(here[0])))
             file.write(images.numpy().tobytes())
