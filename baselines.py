@@ -14,7 +14,7 @@ import torch
 
 import recover
 import squeeze
-from spectral import gradient_descent, gradient_descent_sum, identity, low_pass, ridge, second_moment
+from spectral import gradient_descent, gradient_descent_sum, identity, low_pass, ridge
 from squeeze import BadInput, number
 
 
@@ -24,23 +24,23 @@ from squeeze import BadInput, number
 
 def dm(args):
     """Eq. 2: class means, || H^T Y - H_s^T Y_s ||. All-pass: nothing is weighted, so what is large dominates."""
-    return [("x", identity())]
+    return [("x", identity)]
 
 
 def sre2l(args):
     """Eq. 3: BatchNorm's statistics, || diag FFC - diag FFC_s || + || mean - mean_s || of (here) convolution inputs."""
-    return [("diag", low_pass()), ("x", identity())]
+    return [("diag", low_pass), ("x", identity)]
 
 
 def dc(args):
     """Eq. 4-5: the gradient of a linear head is FFC W - FLC, so for any W the gradients differ by at most
     || FFC - FFC_s || ||W|| + || FLC - FLC_s ||. The bound is what is minimised."""
-    return [("I", low_pass()), ("x", identity())]
+    return [("I", low_pass), ("x", identity)]
 
 
 def covm(args):
     """DM with covariance matching on top: DC's pairs, of the centred FFC."""
-    return [("x", identity()), ("I", low_pass())]
+    return [("x", identity), ("I", low_pass)]
 
 
 def mtt(args):
@@ -71,9 +71,9 @@ METHODS = {"dm": (dm, "class", True), "sre2l": (sre2l, "mean", True), "dc": (dc,
 def pairs_for(args, real):
     """recover.distil's pairs_of: the same in every round, there is no curriculum. BadInput if --eta is unstable:
     gradient descent diverges for eta * lambda > 2."""
-    largest = max(torch.linalg.matrix_norm(second_moment(layer.ffc, layer.mean), 2) for layer in real.values())
+    largest = max(torch.linalg.matrix_norm(layer.uncentred, 2) for layer in real.values())
     if (args.eta or 0) * largest > 2:
-        raise BadInput(f"--eta {s['eta']}: gradient descent diverges, eta * lambda is {s['eta'] * largest:.3g}: "
+        raise BadInput(f"--eta {args.eta}: gradient descent diverges, eta * lambda is {args.eta * largest:.3g}: "
                        f"use at most {2 / largest:.3g}, or leave it out to have it chosen")
     return lambda k: METHODS[args.method][0](args)
 

@@ -295,7 +295,7 @@ def responses(args, layer):
     """{label: f(lambda)} of a recover or baselines run over the real spectrum of a layer; empty for real images."""
     if args.iterations == 0:
         return {}
-    psi = layer["ffc"] if args.centred else spectral.second_moment(layer["ffc"], layer["mean"])
+    psi = layer["ffc"] if args.centred else spectral.Statistics(**layer).uncentred
     if "method" in args:
         pairs = baselines.METHODS[args.method][0](args)
         curves = {f", g = {pair[0]}": pair[1] for pair in (pairs(psi[None]) if callable(pairs) else pairs)}

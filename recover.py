@@ -16,8 +16,6 @@ loss)  (Eq. 19-20).
 Writes runs/<dataset>-<network>/<run>/ with images.pt, preview.png, config.json and log.jsonl. Baselines run through the
 same loop (baselines.py).
 """
-import functools
-import functools
 import math
 import time
 import zlib
@@ -73,11 +71,10 @@ def to_uint8(images, teacher):
     return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).contiguous()
 
 
-def updates(args, step):
-    """How statistics join those of the step - 1 before them: Eq. 17, or as if all feature vectors were one set, which
-    are the same for H^T H / n."""
-    paper = args.emu == "paper" and args.centred and step > 1
-    return functools.partial(spectral.emu, step=step) if paper else spectral.merge
+def step_of(b, args):
+    """How batch b = 1, 2, ... joins those before it (see spectral.merge): as if all feature vectors were one set (None),
+    or by Eq. 17. For H^T H / n both are the same."""
+    return b if args.emu == "paper" and args.centred and b > 1 else None
 
 
 @torch.no_grad()
@@ -91,24 +88,24 @@ def view_statistics(images, network, layers, view, teacher, args):
     for t in range(T):
         with squeeze.autocast(network):
             network(view(images, t))
-        seen = spectral.join(seen, layers, updates(args, t + 1))
+        seen = spectral.join(seen, layers, step_of(t + 1, args))
     return {name: layer._replace(count=layer.count // T) for name, layer in seen.items()}      # they weigh as one batch
 
 
 def make_batch(job, args, images, classes, memory, rng):
     """Optimise the starting images [B, 3, S, S] of `classes` [B]; EMU's memory then holds them too. uint8 to uint8."""
     Y = F.one_hot(classes, len(job.teacher["classes"])) if args.signal == "class" else None
-    old, update = {} if args.emu == "off" else memory["layers"], updates(args, memory["b"] + 1)
+    old, step = {} if args.emu == "off" else memory["layers"], step_of(memory["b"] + 1, args)
     views = lambda T: random_views(rng, T, len(images), images.shape[-1], images.device)
-    with spectral.collect_moments(job.network, job.select, Y) as layers:
+    with spectral.collect_inputs(job.network, job.select, spectral.moments, Y) as layers:
         def losses(x):
             with squeeze.autocast(job.network):
                 logits = job.network(x)
-            return F.cross_entropy(logits.float(), classes), job.matching(layers, old, update)
+            return F.cross_entropy(logits.float(), classes), job.matching(layers, old, step)
         images = optimise(images, losses, views(args.iterations), job.teacher, args, job.report)
         if args.emu != "off":
             seen = view_statistics(images, job.network, layers, views(min(10, args.iterations)), job.teacher, args)
-            memory["layers"] = spectral.join(old, seen, update)
+            memory["layers"] = spectral.join(old, seen, step)
     return images
 
 

@@ -56,7 +56,7 @@ def setup(case):
     network.precision = squeeze.native_precision(squeeze.pick_device())
     images = squeeze.toy(-(-B // 10), 10, 0, size)[0][:B]
     images = squeeze.normalise(images.to(squeeze.pick_device()), **HALF)
-    with spectral.collect_moments(network) as seen, torch.no_grad():
+    with spectral.collect_inputs(network, transform=spectral.moments) as seen, torch.no_grad():
         network(images.flip(-1).roll(3, 2)[: max(2, B // 2)])
     return network, images, torch.arange(B, device=images.device) % 10, dict(seen)
 
@@ -93,7 +93,7 @@ def our_steps(network, images, labels, real, T):
     """recover.py's own loop, with what it prepares once a round."""
     matching = spectral.matching(real, spectral.cfm_pairs(ALPHA))
     view = recover.random_views(np.random.default_rng(0), T, len(images), images.shape[-1], images.device)
-    with spectral.collect_moments(network) as layers:
+    with spectral.collect_inputs(network, transform=spectral.moments) as layers:
         def losses(x):
             with squeeze.autocast(network):
                 logits = network(x)
@@ -127,7 +127,7 @@ def image_gradients(network, images, labels, real, memory, alpha):
     leaf = images.clone().requires_grad_()
     real = {name: layer.to(leaf.dtype) for name, layer in real.items()}
     matching = spectral.matching(real, spectral.cfm_pairs(alpha))
-    with spectral.collect_moments(network) as layers:
+    with spectral.collect_inputs(network, transform=spectral.moments) as layers:
         with squeeze.autocast(network):
             logits = network(leaf)
         memory = {name: layer.to(leaf.dtype) for name, layer in memory.items()}
@@ -168,7 +168,7 @@ def parity(folder):
           f"{'cross-entropy':>14s} {'matching':>9s} {'A rounded first':>16s}")
     for ipc in (1, 10, 50, 100):
         alpha, memory = spectral.alpha_schedule(ipc - 1, ipc, 0.1), {}
-        with torch.no_grad(), spectral.collect_moments(network) as layers:
+        with torch.no_grad(), spectral.collect_inputs(network, transform=spectral.moments) as layers:
             for k in range(ipc - 1):
                 network(load(k))
                 memory = spectral.join(memory, layers)
@@ -187,7 +187,7 @@ def check_agreement(case):
     wanted, = torch.autograd.grad(expected, plain)
     squeeze.fold(network).to(memory_format=torch.channels_last)
     leaf = images.clone().requires_grad_()
-    with spectral.collect_moments(network) as layers:
+    with spectral.collect_inputs(network, transform=spectral.moments) as layers:
         loss = F.cross_entropy(network(leaf), labels)
         loss = loss + GAMMA * spectral.matching(real, spectral.cfm_pairs(ALPHA))(layers)
     found, = torch.autograd.grad(loss, leaf)

@@ -284,13 +284,12 @@ def test_uncentred_moments_are_h_transposed_h():
     torch.manual_seed(0)
     sets, memory = [torch.randn(4, 5, dtype=torch.float64) + 30 for _ in range(3)], {}
     for b, H in enumerate(sets, 1):
-        update = recover.updates(Namespace(emu="paper", centred=False), b)
-        memory = spectral.join(memory, {"x": spectral.moments(H)}, update)
+        step = recover.step_of(b, Namespace(emu="paper", centred=False))
+        memory = spectral.join(memory, {"x": spectral.moments(H)}, step)
         _, (found, phi) = spectral.filtered(list(memory.values()), baselines.dc(None), "mean", False, 1)
         H = torch.cat(sets[:b])
         assert torch.allclose(found[0], H.T @ H / len(H), rtol=1e-10) and torch.allclose(phi[0, :, 0], H.mean(0))
-    real = spectral.statistics(H)
-    assert torch.allclose(spectral.second_moment(real.ffc, real.mean), H.T @ H / len(H), rtol=1e-10)
+    assert torch.allclose(spectral.moments(H).uncentred, H.T @ H / len(H), rtol=1e-10)
 
 
 def test_view_statistics_are_those_of_the_views(here):
@@ -308,7 +307,7 @@ def test_view_statistics_are_those_of_the_views(here):
         seen.append({name: value.clone() for name, value in features.items()})
     for emu in ("pool", "paper"):
         view = recover.random_views(np.random.default_rng(5), 3, 4, 32, images.device)
-        with spectral.collect_moments(network) as layers:
+        with spectral.collect_inputs(network, transform=spectral.moments) as layers:
             found = recover.view_statistics(images, network, layers, view, teacher,
                                             Namespace(emu=emu, centred=True, iterations=3))
         for name in found:
