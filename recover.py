@@ -72,8 +72,8 @@ def to_uint8(images, teacher):
 
 
 def step_of(b, args):
-    """How batch b = 1, 2, ... joins those before it (see spectral.merge): as if all feature vectors were one set (None),
-    or by Eq. 17. For H^T H / n both are the same."""
+    """How batch b = 1, 2, ... joins those before it (see spectral.merge): as if all feature vectors were one set,
+    None, or by Eq. 17, b. For H^T H / n both are the same."""
     return b if args.emu == "paper" and args.centred and b > 1 else None
 
 

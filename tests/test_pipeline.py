@@ -67,7 +67,7 @@ def test_cifar10_reads_repickled_files_and_names_broken_ones(tmp_path, monkeypat
     assert (data.train.images[7].numpy().reshape(-1) == first["data"][7]).all() and data.classes[3] == "class3"
     whole = (folder / "data_batch_3").read_bytes()
     (folder / "data_batch_3").write_bytes(whole[:100000])
-    with pytest.raises(BadInput, match="data_batch_3: a truncated or damaged file found"):
+    with pytest.raises(BadInput, match="data_batch_3: a truncated, damaged or hostile file found"):
         squeeze.load_data("cifar10", str(tmp_path))
     (folder / "data_batch_3").write_bytes(pickle.dumps({**first, "data": first["data"][:99],
                                                         "labels": first["labels"][:99]}))
