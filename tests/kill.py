@@ -29,7 +29,7 @@ import relabel  # noqa: E402
 import squeeze  # noqa: E402
 
 TEACHER = Path("runs/toy-convnet-epochs3")
-RUN = TEACHER / "cfm-ipc3-iterations6"
+RUN = TEACHER / "cfm-ipc3-iterations6-batch3"
 STAGES = {
     "squeeze": (squeeze, ["--classes", "4", "--epochs", "3", "--precision", "float32"]),
     "recover": (recover, ["--teacher", TEACHER, "--ipc", "3", "--iterations", "6", "--batch", "3"]),
