@@ -208,7 +208,8 @@ def fits(content, size):
         values = content["mean"] + content["std"]
         return (images.dtype == torch.uint8 and labels.dtype == torch.int64 and images.is_contiguous()
                 and images.shape == (*labels.shape, 3, size, size) and 0 <= labels.min() and labels.max() < K
-                and K == len({str(name) for name in content["classes"]} - {""}) and len(values) == 6
+                and K == len({name for name in content["classes"] if isinstance(name, str) and name})
+                and len(values) == 6
                 and all(map(math.isfinite, values)) and min(content["std"]) > 0
                 and content["precision"] in ("float32", "bfloat16"))
     except Exception:                                      # it may be anything

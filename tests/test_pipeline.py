@@ -332,7 +332,8 @@ def test_same_seed_same_bytes_and_a_killed_run_resumes_to_them(here):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (run / "images.pt").exists() and torch.load(run / "memory.pt", weights_only=True)["b"] < 6
-    one_line(recover.main, flags, "in use: add --resume")
+    refused = script("recover", *flags)
+    assert refused.returncode == 1 and "in use: add --resume" in refused.stderr
     resumed = script("recover", *flags, "--resume")
     assert resumed.returncode == 0 and "resuming after batch" in resumed.stdout
     assert (run / "images.pt").read_bytes() == kept[0]
@@ -449,13 +450,13 @@ def test_broken_run_folders(here):
     one_line(evaluation.main, [run, "--export", "file/folder"], "--export file/folder", "cannot be written")
     Path("nothing").mkdir()
     one_line(relabel.main, ["runs/toy-convnet", "--images", "nothing"], "nothing", "no image in class")
-    config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps({**config, "inputs": {**config["inputs"], "teacher.pt": "0" * 64}}))
+    config = squeeze.read_json(run / "config.json")
+    squeeze.save(run / "config.json", {**config, "inputs": {**config["inputs"], "teacher.pt": "0" * 64}})
     one_line(relabel.main, [run], "another teacher")
     (run / "config.json").write_text("{")
     one_line(relabel.main, [run], "config.json", "damaged")
     one_line(recover.main, ["--iterations", "0", "--ipc", "2", "--resume"], "config.json", "damaged")
-    (run / "config.json").write_text(json.dumps(config))
+    squeeze.save(run / "config.json", config)
     pixels = bytearray((run / "images.pt").read_bytes())
     pixels[len(pixels) // 2] ^= 1
     (run / "images.pt").write_bytes(pixels)
@@ -469,9 +470,9 @@ def test_broken_run_folders(here):
 
 
 def test_other_training_images_than_the_teachers_are_refused(here):
-    config = json.loads(Path("runs/toy-convnet/config.json").read_text())
+    config = squeeze.read_json(Path("runs/toy-convnet/config.json"))
     config["inputs"]["data"] = "0" * 64
-    Path("runs/toy-convnet/config.json").write_text(json.dumps(config))
+    squeeze.save(Path("runs/toy-convnet/config.json"), config)
     one_line(recover.main, TINY, "other training images")
 
 
