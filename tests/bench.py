@@ -3,7 +3,8 @@
     python tests/bench.py                      all cases that fit the device
     python tests/bench.py --cases convnet-32-10 resnet18-32-100 --repetitions 5
     python tests/bench.py --growth             recover's time an image and memory against IPC and classes, alone
-    python tests/bench.py --parity DIR         image gradients at small alpha in a teacher's precision, against float64
+    python tests/bench.py --parity DIR         image gradients at small alpha in a teacher's precision, against float64;
+                                               --precision bfloat16: in that one (slow where it is emulated)
 
 The reference step is the paper's, written the plain way: unfolded network, contiguous NCHW, float32, a covariance and
 two torch.linalg.solve a layer and side, the real side anew at each step. Before any timing both must give the same
@@ -151,11 +152,12 @@ def cosines(network, images, labels, real, memory, alpha):
     return *out, F.cosine_similarity(found, wanted[1], dim=0).item()
 
 
-def parity(folder):
-    """The table of cosines for the last round of IPC 10, 50 and 100, with EMU (the rounds before it are real images)
+def parity(folder, precision):
+    """The table of cosines for the last round of IPC 1, 10, 50 and 100, with EMU (the rounds before it are real images)
     and without, on a trained teacher and its own statistics."""
     device = squeeze.pick_device()
     network, teacher, config = squeeze.load_teacher(folder, device)
+    network.precision = precision or network.precision
     s, K = config["settings"], len(teacher["classes"])
     data = squeeze.load_data(s["dataset"], s["data"], s["size"], s["classes"], s["validate"])
     found = squeeze.load(folder, "statistics.pt", config)
@@ -342,12 +344,13 @@ def main():
     parser.add_argument("--steps", type=int, default=20 if cuda else 2, help="steps a repetition")
     parser.add_argument("--growth", action="store_true", help="only recover's growth; writes growth.json")
     parser.add_argument("--parity", metavar="DIR", help="only the table of cosines, of this squeeze run")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], help="--parity: instead of the teacher's")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--growth-of", nargs=2, type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     squeeze.keep_freed_memory()
     if args.parity:
-        return parity(args.parity)
+        return parity(args.parity, args.precision)
     if args.peak:
         function, rest = prepared(*args.peak)
         function(*rest, 3)
