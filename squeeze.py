@@ -318,7 +318,8 @@ def load_data(name, root, size=None, classes=None, validate=None):
     """Load a data set by name. root: the folder it lies in (--data); validate: see hold_out. Raises BadInput for
     whatever is wrong with it."""
     if not Path(root).is_dir() and (name in ("imagenet", "folder") or root != "data" and name != "toy"):
-        raise BadInput(f"--data {root}: no such folder: name one with {name} in it, or an empty one to download to")
+        wanted = "train/ and val/" if name in ("imagenet", "folder") else f"{name} in it, or an empty one to download to"
+        raise BadInput(f"--data {root}: no such folder: name one with {wanted}")
     size = size or PRESETS[name]["size"]
     train, test, names = LOADERS[name](root, size, classes or 10)
     train, test = hold_out(train) if validate else (train, test)
@@ -332,8 +333,8 @@ def load_data(name, root, size=None, classes=None, validate=None):
 
 
 class Files(torch.utils.data.Dataset):
-    """Image files, decoded to RGB (grey and CMYK are converted). A file that cannot be read gets label -1 - position.
-    Random transforms are drawn from (seed, position): the same for any number of workers."""
+    """Image files, decoded to RGB (grey and CMYK are converted). Random transforms are drawn from (seed, position): the
+    same for any number of workers."""
 
     def __init__(self, split, transform, seed=None):
         self.split, self.transform, self.seed = split, transform, seed
@@ -344,12 +345,12 @@ class Files(torch.utils.data.Dataset):
     def __getitem__(self, i):
         try:
             image = default_loader(self.split.images[i])
-        except Exception:                                  # PIL has many; a worker cannot raise a clean line itself
-            return torch.zeros(3, 1, 1, dtype=torch.uint8), -1 - i
+        except Exception:                                  # PIL has many
+            raise BadInput(f"{self.split.images[i]}: not a readable image: mend or remove it") from None
         with torch.random.fork_rng(devices=[], enabled=self.seed is not None):
             if self.seed is not None:
                 torch.manual_seed(self.seed + i)
-            return self.transform(image), int(self.split.labels[i])
+            return self.transform(image), self.split.labels[i]
 
 
 def whole_image(size):
@@ -357,21 +358,15 @@ def whole_image(size):
     return T.Compose([T.Resize(size if size <= 64 else round(size * 8 / 7)), T.CenterCrop(size), T.PILToTensor()])
 
 
-def collate(items):
-    """A batch of Files; (None, position) if one could not be read."""
-    bad = [-1 - label for _, label in items if label < 0]
-    return (None, bad[0]) if bad else (torch.stack([x for x, _ in items]), torch.tensor([y for _, y in items]))
-
-
 def stream(split, transform, batch, seed=None):
     """Batches of a split of files, shuffled if there is a seed: yields uint8 [B, 3, S, S], int64 [B]."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    for images, labels in torch.utils.data.DataLoader(
-            Files(split, transform, seed), batch, shuffle=seed is not None, collate_fn=collate, generator=generator,
-            num_workers=min(8, os.cpu_count()) if len(split.labels) > 1000 else 0):
-        if images is None:
-            raise BadInput(f"{split.images[labels]}: not a readable image: mend or remove it")
-        yield images, labels
+    try:
+        yield from torch.utils.data.DataLoader(
+            Files(split, transform, seed), batch, shuffle=seed is not None, generator=generator,
+            num_workers=min(8, os.cpu_count()) if len(split.labels) > 1000 else 0)
+    except BadInput as error:                              # a worker wraps it into its traceback
+        raise BadInput(str(error).split("BadInput: ")[-1].rstrip("?")) from None
 
 
 def normalise(images, mean, std):
