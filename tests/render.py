@@ -4,20 +4,18 @@
     python tests/render.py --add TABLE ROW COLUMN RUN         put a finished run of eval.py into a cell, then render
     python tests/render.py --strip OUT.png RUN ...            a row of enlarged thumbnails a run
 
-A record is one table, tests/results/NAME.json. It stands where a document says <!-- table: NAME --> ... <!-- end -->:
-
+A record is one table, tests/results/NAME.json. It stands where a document says <!-- table: NAME --> ... <!-- end -->.
     head      the columns' names; the first one's is that of the rows
     rows      [{"name": ..., "cells": {column: cell}}], or {"name": ..., "difference": [row, row]}, which is computed
-    hardware, date, commit, commands, students (how many, 3 if not said), about
-              of the table, a row or a cell: the innermost word counts. `commit`: the code that made it, or the first one
-              that told the figure. `gone`: why no command of today's code gives it again
+    a cell    text; or a measurement in %: {"scores": [one a student]}, or {"mean", "std"} where no more is known; or
+              {"see": [table, row, column]}, one that stands elsewhere, and with "of": "raw" its raw students
+    hardware, date, commit, commands, gone, students, about, bold, digits
+              of the table, a row or a cell; the innermost word counts. commit: the code that made it, or the first one
+              that told the figure. gone: why no command of today's code gives it again. students: how many, if not 3
 
-A cell is text; a measurement, {"scores": [one a student]}, or {"mean", "std"} where no more is known of it, in %; or
-{"see": [table, row, column]}, a measurement that stands elsewhere, with "of": "raw" its raw students. tests/test_readme.py checks that the documents say
-what the records say, that each measurement names where it comes from, and that its commands are today's flags.
-
-A new figure: --add writes its cell with the scores, settings, commands, hardware, date and commit, and makes the record,
-row or column where there is none; or write the cell by hand. Put the marker where the table is to stand. Render.
+A new figure: --add makes its cell, and the record, row or column where there is none; or write the cell by hand. Put
+the marker where the table is to stand, and render. tests/test_readme.py checks that the documents say what the records
+say, that each measurement names where it comes from, and that its commands are today's flags.
 """
 import argparse
 import json
@@ -89,9 +87,9 @@ def render_speed():
              "|---|---|---|---|---|---|"]
     for row in json.loads((TESTS / "bench.json").read_text())["recover"]:
         low, high = row["spread"]
-        lines.append(f"| {row['case']} | {milliseconds(row['reference'])} | {milliseconds(row['ours'])} | {row['speedup']:.2f} "
-                     f"({low:.2f}-{high:.2f}) | {row['over_bare']:.2f} | {row['memory']['ours']:.0f} / "
-                     f"{row['memory']['reference']:.0f} MB |")
+        lines.append(f"| {row['case']} | {milliseconds(row['reference'])} | {milliseconds(row['ours'])} | "
+                     f"{row['speedup']:.2f} ({low:.2f}-{high:.2f}) | {row['over_bare']:.2f} | "
+                     f"{row['memory']['ours']:.0f} / {row['memory']['reference']:.0f} MB |")
     return "\n".join(lines) + "\n"
 
 
@@ -114,44 +112,43 @@ def render(document):
 # ---------------------------------------------------------------------------------------------------------------------
 # A new figure
 
-def commands_of(run, config, teacher, result):
+def commands_of(run, made, teacher, result):
     """The commands that make a run again. A folder's name holds every setting that is not the default, so a flag is
-    given where its name and value stand there."""
+    given where its name and value stand there. made, teacher: settings of the run and of its teacher."""
     def flags(settings, name):
-        given = [(f"-{key.replace('_', '-')}", value) for key, value in settings.items()]
-        return "".join(f" -{flag}{'' if value is True else f' {value}'}" for flag, value in given
-                       if f"{flag}{'' if value is True else value}" in name)
+        given = [(key.replace("_", "-"), "" if value is True else value) for key, value in settings.items()]
+        return "".join(f" --{flag} {value}".rstrip() for flag, value in given if f"-{flag}{value}" in name)
 
-    folder, method, s = run.resolve().parent, run.name.split("-")[0], config["settings"]
-    which = {"cfm": "recover.py", "low": "recover.py --filter low", "high": "recover.py --filter high",
-             "real": "recover.py --iterations 0", "confident": "recover.py --iterations 0 --init confident"}
-    t = teacher["settings"]
-    students = f" --seeds {len(result['seeds'])}" if len(result["seeds"]) != 3 else ""
-    recipe = {key: value for key, value in result["settings"].items() if key in ("teacher", "validate", "hard", "online") and value}
-    return [f"python squeeze.py --dataset {t['dataset']} --network {t['network']}{flags(t, folder.name)}",
-            f"python {which.get(method, f'baselines.py --method {method}')} --teacher runs/{folder.name}"
-            + flags(s, "-" + run.name.replace(method + "-", "", 1)),
-            f"python eval.py runs/{folder.name}/{run.name} --epochs {result['settings']['epochs']}{students}"
-            + "".join(f" --{key}{'' if value is True else f' {value}'}" for key, value in recipe.items())]
+    method, rest = run.name.split("-", 1)
+    folder = f"runs/{run.resolve().parent.name}"
+    script = {"cfm": "recover.py", "low": "recover.py --filter low", "high": "recover.py --filter high",
+              "real": "recover.py --iterations 0", "confident": "recover.py --iterations 0 --init confident"}
+    recipe = {"epochs": result["settings"]["epochs"], "seeds": len(result["seeds"]),
+              **{key: result["settings"][key] for key in ("teacher", "validate", "hard", "online")}}
+    return [f"python squeeze.py --dataset {teacher['dataset']} --network {teacher['network']}{flags(teacher, folder)}",
+            f"python {script.get(method, 'baselines.py --method ' + method)} --teacher {folder}{flags(made, '-' + rest)}",
+            f"python eval.py {folder}/{run.name}" + "".join(
+                f" --{key}{'' if value is True else f' {value}'}" for key, value in recipe.items() if value)]
 
 
 def add(table, row, column, run, student=None):
-    """Put a finished run's scores into a cell of a record, with all that is known of them."""
+    """Put a finished run's scores into a cell of a record, with all that is known of them. Hardware is this machine's
+    and commit is HEAD: mend them by hand if the run is from elsewhere."""
     run, path = Path(run), RESULTS / f"{table}.json"
     results = json.loads((run / "result.json").read_text())
     if student is None and len(results) > 1:
         raise SystemExit(f"{run}: --student is one of {', '.join(results)}")
     result = results[student or next(iter(results))]
     config, teacher = (json.loads((folder / "config.json").read_text()) for folder in (run, run.resolve().parent))
-    hidden = {"data", "images", "resume"}
-    cell = dict(
-        scores=[round(seed["averaged"], 2) for seed in result["seeds"].values()],
-        raw=[round(seed["raw"], 2) for seed in result["seeds"].values()], seconds=round(result["seconds"]),
-        commands=commands_of(run, config, teacher, result), date=str(date.fromtimestamp((run / "result.json").stat().st_mtime)),
-        commit=subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=TESTS, capture_output=True, text=True).stdout.strip(),
-        hardware=hardware(), teacher={**teacher["results"], **{k: v for k, v in teacher["settings"].items() if k not in hidden}},
-        recover={**config["results"], **{k: v for k, v in config["settings"].items() if k not in hidden}},
-        eval=result["settings"], versions=config["versions"])
+    settings = [{key: value for key, value in d.items() if key not in ("data", "images", "resume")}
+                for d in (teacher["settings"], config["settings"], result["settings"])]
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=TESTS, capture_output=True, text=True)
+    cell = dict({kind: [round(seed[key], 2) for seed in result["seeds"].values()]
+                 for kind, key in (("scores", "averaged"), ("raw", "raw"))},
+                commands=commands_of(run, settings[1], settings[0], result), hardware=hardware(),
+                date=str(date.fromtimestamp((run / "result.json").stat().st_mtime)), commit=head.stdout.strip(),
+                seconds=round(result["seconds"]), teacher={**settings[0], **teacher["results"]},
+                recover={**settings[1], **config["results"]}, eval=settings[2], versions=config["versions"])
     record = read(table) if path.is_file() else {"head": ["images"], "rows": []}
     if column not in record["head"]:
         record["head"].append(column)
@@ -162,17 +159,17 @@ def add(table, row, column, run, student=None):
 
 
 def hardware():
-    """The GPU's name, or the CPU's with the threads in use."""
+    """The GPU's name, or the CPU's."""
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", info.read_text()) if info.is_file() else None
-    return f"{model[1].strip() if model else platform.processor()}, {torch.get_num_threads()} thread(s)"
+    return model[1].strip() if model else platform.processor()
 
 
-def strip(out, runs, columns=10, scale=3):
+def strip(out, runs, columns=9, scale=3):
     """The last image of each of the first classes, a row a run, enlarged without smoothing."""
     import torch
     from PIL import Image, ImageDraw
