@@ -281,15 +281,3 @@ def test_report(here):
     one_line(evaluation.main, [runs[0], "runs/other-convnet/real-ipc2", "--report"], "--report", "other-convnet")
     (Path(runs[0]) / "images.pt").unlink()
     one_line(evaluation.main, [*runs, "--report"], "images.pt", "missing")
-
-
-# ---- the README
-
-def test_readme_snippets_run(here):
-    recover.main(["--iterations", "0"])
-    shutil.move("runs/toy-convnet/real-ipc10", "runs/toy-convnet/cfm-ipc10")
-    text = (Path(squeeze.__file__).parent / "README.md").read_text()
-    snippets = [part.split("```")[0] for part in text.split("```python\n")[1:]]
-    assert len(snippets) == 2
-    for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), {})
