@@ -16,7 +16,7 @@ import torch
 
 import recover
 import squeeze
-from spectral import gradient_descent, gradient_descent_sum, identity, low_pass, ridge
+from spectral import gradient_descent, identity, low_pass, ridge
 from squeeze import BadInput, number
 
 
@@ -51,8 +51,7 @@ def mtt(s):
     eta: --eta, or 1 / lambda_max of each real layer, which leaves the synthetic spectrum a factor of 2 to overshoot."""
     def pairs(psi):
         eta = s["eta"] or 1 / torch.linalg.eigvalsh(psi)[..., -1:]
-        return [("I", gradient_descent(eta, s["p"]), gradient_descent(eta, s["q"])),
-                ("x", gradient_descent_sum(eta, s["p"]), gradient_descent_sum(eta, s["q"]))]
+        return list(zip("Ix", gradient_descent(eta, s["p"]), gradient_descent(eta, s["q"])))
     return pairs
 
 
