@@ -14,7 +14,7 @@ import torch
 
 import recover
 import squeeze
-from spectral import gradient_descent, gradient_descent_sum, identity, low_pass, ridge
+from spectral import gradient_descent, identity, low_pass, ridge
 from squeeze import BadInput, number
 
 
@@ -49,8 +49,7 @@ def mtt(args):
     eta: --eta, or 1 / lambda_max of each real layer, which leaves the synthetic spectrum a factor of 2 to overshoot."""
     def pairs(psi):
         eta = args.eta or 1 / torch.linalg.eigvalsh(psi)[..., -1:]
-        return [("I", gradient_descent(eta, args.p), gradient_descent(eta, args.q)),
-                ("x", gradient_descent_sum(eta, args.p), gradient_descent_sum(eta, args.q))]
+        return list(zip("Ix", gradient_descent(eta, args.p), gradient_descent(eta, args.q)))
     return pairs
 
 
