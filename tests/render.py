@@ -119,14 +119,14 @@ def commands_of(run, teacher, made, result):
         given = [(key.replace("_", "-"), "" if value is True else value) for key, value in settings.items()]
         return "".join(f" --{flag} {value}".rstrip() for flag, value in given if f"-{flag}{value}" in name)
 
-    method, rest = run.name.split("-", 1)
+    method = run.name.split("-", 1)[0]
     folder = f"runs/{run.resolve().parent.name}"
     script = {"cfm": "recover.py", "low": "recover.py --filter low", "high": "recover.py --filter high",
               "real": "recover.py --iterations 0", "confident": "recover.py --iterations 0 --init confident"}
     recipe = {"epochs": result["settings"]["epochs"], "seeds": len(result["seeds"]),
               **{key: result["settings"][key] for key in ("teacher", "validate", "hard", "online")}}
     return [f"python squeeze.py --dataset {teacher['dataset']} --network {teacher['network']}{flags(teacher, folder)}",
-            f"python {script.get(method, 'baselines.py --method ' + method)} --teacher {folder}" + flags(made, "-" + rest),
+            f"python {script.get(method, f'baselines.py --method {method}')} --teacher {folder}{flags(made, run.name)}",
             f"python eval.py {folder}/{run.name}" + "".join(
                 f" --{key}{'' if value is True else f' {value}'}" for key, value in recipe.items() if value)]
 
