@@ -1,7 +1,7 @@
 """Render the tables of README.md and tests/RESULTS.md from the records in tests/results/. By hand:
 
     python tests/render.py                                    rewrite the tables of both documents
-    python tests/render.py --add TABLE ROW COLUMN RUN         put a finished run of eval.py into a cell, then render
+    python tests/render.py --add TABLE ROW COLUMN RUN ...     put finished runs of eval.py into a cell, then render
     python tests/render.py --strip OUT.png RUN ...            a row of enlarged thumbnails a run
 
 A record is one table, tests/results/NAME.json. It stands where a document says <!-- table: NAME --> ... <!-- end -->.
@@ -112,29 +112,28 @@ def render(document):
 # ---------------------------------------------------------------------------------------------------------------------
 # A new figure
 
-def commands_of(run, made, teacher, result):
+def commands_of(run, teacher, made, result):
     """The commands that make a run again. A folder's name holds every setting that is not the default, so a flag is
-    given where its name and value stand there. made, teacher: settings of the run and of its teacher."""
+    given where its name and value stand there. teacher, made: settings of the run's teacher and of the run."""
     def flags(settings, name):
         given = [(key.replace("_", "-"), "" if value is True else value) for key, value in settings.items()]
         return "".join(f" --{flag} {value}".rstrip() for flag, value in given if f"-{flag}{value}" in name)
 
-    method, rest = run.name.split("-", 1)
+    method = run.name.split("-", 1)[0]
     folder = f"runs/{run.resolve().parent.name}"
     script = {"cfm": "recover.py", "low": "recover.py --filter low", "high": "recover.py --filter high",
               "real": "recover.py --iterations 0", "confident": "recover.py --iterations 0 --init confident"}
     recipe = {"epochs": result["settings"]["epochs"], "seeds": len(result["seeds"]),
               **{key: result["settings"][key] for key in ("teacher", "validate", "hard", "online")}}
     return [f"python squeeze.py --dataset {teacher['dataset']} --network {teacher['network']}{flags(teacher, folder)}",
-            f"python {script.get(method, 'baselines.py --method ' + method)} --teacher {folder}{flags(made, '-' + rest)}",
+            f"python {script.get(method, f'baselines.py --method {method}')} --teacher {folder}{flags(made, run.name)}",
             f"python eval.py {folder}/{run.name}" + "".join(
                 f" --{key}{'' if value is True else f' {value}'}" for key, value in recipe.items() if value)]
 
 
-def add(table, row, column, run, student=None):
-    """Put a finished run's scores into a cell of a record, with all that is known of them. Hardware is this machine's
-    and commit is HEAD: mend them by hand if the run is from elsewhere."""
-    run, path = Path(run), RESULTS / f"{table}.json"
+def measurement(run, student=None):
+    """A finished run's scores as a cell, with all that is known of them. Hardware is this machine's and commit is HEAD:
+    mend them by hand if the run is from elsewhere."""
     results = json.loads((run / "result.json").read_text())
     if student is None and len(results) > 1:
         raise SystemExit(f"{run}: --student is one of {', '.join(results)}")
@@ -143,18 +142,27 @@ def add(table, row, column, run, student=None):
     settings = [{key: value for key, value in d.items() if key not in ("data", "images", "resume")}
                 for d in (teacher["settings"], config["settings"], result["settings"])]
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=TESTS, capture_output=True, text=True)
-    cell = dict({kind: [round(seed[key], 2) for seed in result["seeds"].values()]
-                 for kind, key in (("scores", "averaged"), ("raw", "raw"))},
-                commands=commands_of(run, settings[1], settings[0], result), hardware=hardware(),
-                date=str(date.fromtimestamp((run / "result.json").stat().st_mtime)), commit=head.stdout.strip(),
-                seconds=round(result["seconds"]), teacher={**settings[0], **teacher["results"]},
-                recover={**settings[1], **config["results"]}, eval=settings[2], versions=config["versions"])
+    return dict(scores=[round(seed["averaged"], 2) for seed in result["seeds"].values()],
+                raw=[round(seed["raw"], 2) for seed in result["seeds"].values()], seconds=round(result["seconds"]),
+                commands=commands_of(run, *settings[:2], result), hardware=hardware(), commit=head.stdout.strip(),
+                date=str(date.fromtimestamp((run / "result.json").stat().st_mtime)), eval=settings[2],
+                teacher={**settings[0], **teacher["results"]}, recover={**settings[1], **config["results"]},
+                versions=config["versions"])
+
+
+def add(table, row, column, *runs, student=None):
+    """Put a finished run into a cell of a record; of several, other recover seeds say, the scores of all of them."""
+    first, *rest = (measurement(Path(run), student) for run in runs)
+    for other in rest:
+        for key in ("scores", "raw", "commands"):
+            first[key] += [entry for entry in other[key] if key != "commands" or entry not in first[key]]
+    path = RESULTS / f"{table}.json"
     record = read(table) if path.is_file() else {"head": ["images"], "rows": []}
     if column not in record["head"]:
         record["head"].append(column)
     if not any(r["name"] == row for r in record["rows"]):
         record["rows"].append({"name": row, "cells": {}})
-    next(r for r in record["rows"] if r["name"] == row)["cells"][column] = cell
+    next(r for r in record["rows"] if r["name"] == row)["cells"][column] = first
     path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -188,7 +196,7 @@ def strip(out, runs, columns=9, scale=3):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--add", nargs=4, metavar=("TABLE", "ROW", "COLUMN", "RUN"))
+    parser.add_argument("--add", nargs="+", metavar=("TABLE", "ROW COLUMN RUN"))
     parser.add_argument("--student", help="with --add: which entry of result.json, where there are several")
     parser.add_argument("--strip", nargs="+", metavar=("OUT.png", "RUN"))
     args = parser.parse_args()
@@ -196,6 +204,6 @@ if __name__ == "__main__":
         strip(args.strip[0], args.strip[1:])
     else:
         if args.add:
-            add(*args.add, args.student)
+            add(*args.add, student=args.student)
         for document in DOCUMENTS:
             document.write_text(render(document))
