@@ -197,8 +197,11 @@ def distil(folder, data, network, teacher, statistics, pairs_of, s, device):
                 loss = spectral.matching(real, pairs_of(k), s["signal"], not s.get("uncentred"))
             with collect(network, s, statistics["head"], F.one_hot(classes, K)) as current:
                 step = step_of(b + 1, s)
-                images = optimise(squeeze.normalise(images.to(device), teacher["mean"], teacher["std"]), classes, network,
-                                  lambda: loss(current, memory["layers"], step), s, teacher, rng, report)
+                try:
+                    images = optimise(squeeze.normalise(images.to(device), teacher["mean"], teacher["std"]), classes, network,
+                                      lambda: loss(current, memory["layers"], step), s, teacher, rng, report)
+                except ValueError as error:                # an alpha that the precision does not resolve
+                    raise BadInput(str(error)) from error
                 images = to_uint8(images, teacher)
                 if s["emu"] != "off":
                     seen = view_statistics(images.to(device), network, current, teacher, rng, min(10, s["iterations"]), s)

@@ -54,13 +54,11 @@ def setup(case):
     network.to(squeeze.pick_device()).eval().requires_grad_(False)
     network.precision = squeeze.native_precision(squeeze.pick_device())
     images = squeeze.toy(-(-B // 10), 10, 0, size)[0][:B]
-    settings = dict(iterations=1, lr=0.1, gamma=GAMMA, signal="mean", emu="pool", filter="cfm", loss="both",
-                    schedule="constant", ipc=1, alpha_max=ALPHA)
+    settings = dict(iterations=1, lr=0.1, gamma=GAMMA)
     teacher = dict(mean=[0.5] * 3, std=[0.25] * 3)
     images = squeeze.normalise(images.to(squeeze.pick_device()), teacher["mean"], teacher["std"])
-    with spectral.collect_inputs(network, transform=spectral.covariance) as seen, torch.no_grad():
+    with spectral.collect_inputs(network, transform=spectral.moments) as real, torch.no_grad():
         network(images.flip(-1).roll(3, 2)[: max(2, B // 2)])
-    real = {key: (psi.clone(), mean[:, None].clone()) for key, (psi, mean) in seen.items()}
     return network, images, torch.arange(B, device=images.device) % 10, real, settings, teacher
 
 
@@ -73,9 +71,9 @@ def reference_loss(network, view, labels, real):
         X = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
         mean = X.mean(0, keepdim=True)
         psi, eye = (X - mean).T @ (X - mean) / len(X), torch.eye(X.shape[1], device=X.device)
-        real_psi, real_mean = real[name]
+        _, real_mean, real_psi, *_ = real[name]
         filters = [torch.linalg.solve(m + ALPHA * eye, eye) for m in (real_psi, psi)]
-        signals = [torch.linalg.solve(m + ALPHA * eye, v) for m, v in ((real_psi, real_mean), (psi, mean.T))]
+        signals = [torch.linalg.solve(m + ALPHA * eye, v) for m, v in ((real_psi, real_mean[:, None]), (psi, mean.T))]
         loss = loss + GAMMA * (torch.linalg.norm(filters[0] - filters[1]) + torch.linalg.norm(signals[0] - signals[1]))
     return loss
 
@@ -94,16 +92,10 @@ def reference_steps(network, images, labels, real, settings, teacher, T):
 
 def our_steps(network, images, labels, real, settings, teacher, T):
     """recover.py's own loop, with what it prepares once a round."""
-    memory, classes = dict(b=0, rows=0, layers={}), torch.arange(10)
-    stacked = recover.stack(real)
-    pairs = [recover.cfm_pairs(0, settings) for _ in stacked]
-    targets = [recover.apply_pairs(p, *layer, 1) for p, layer in zip(pairs, stacked)]
-    settings = {**settings, "iterations": T}
-    with recover.layer_statistics(network, "conv", None, settings, None) as current:
-        recover.optimise(images.clone(), labels, network, lambda: recover.match(
-            pairs, targets, recover.objective(recover.join(memory, current, 0, classes, settings), settings), classes,
-            settings), settings, teacher,
-            np.random.default_rng(0), lambda *a: None)
+    loss = spectral.matching(real, spectral.cfm_pairs(ALPHA))
+    with spectral.collect_inputs(network, transform=spectral.moments) as layers:
+        recover.optimise(images.clone(), labels, network, lambda: loss(layers), {**settings, "iterations": T}, teacher,
+                         np.random.default_rng(0), lambda *a: None)
 
 
 def bare_steps(network, images, labels, real, settings, teacher, T):
@@ -128,17 +120,12 @@ class RoundedFirst(spectral._Covariance):
 
 def image_gradients(network, images, labels, real, memory, alpha, dtype):
     """(of cross-entropy, of the matching loss), in dtype; float32 means the network's own precision."""
-    s = dict(signal="mean", emu="pool", filter="cfm", loss="both", schedule="constant", ipc=1, alpha_max=alpha)
-    stacked = recover.stack({name: tuple(part.to(dtype) for part in parts) for name, parts in real.items()})
-    old = {**memory, "layers": {name: (psi.to(dtype), mean.to(dtype), None)
-                                for name, (psi, mean, _) in memory["layers"].items()}}
-    pairs, leaf = [recover.cfm_pairs(0, s) for _ in stacked], images.to(dtype).requires_grad_()
-    targets = [recover.apply_pairs(p, *layer, 1) for p, layer in zip(pairs, stacked)]
-    with recover.layer_statistics(network, "conv", None, s, None) as current:
+    real, memory = ({name: layer.to(dtype) for name, layer in layers.items()} for layers in (real, memory))
+    loss, leaf = spectral.matching(real, spectral.cfm_pairs(alpha)), images.to(dtype).requires_grad_()
+    with spectral.collect_inputs(network, transform=spectral.moments) as layers:
         with squeeze.autocast(network):
             logits = network(leaf)
-        joined = recover.objective(recover.join(memory if dtype == torch.float32 else old, current, 0, labels, s), s)
-        losses = F.cross_entropy(logits.to(dtype), labels), recover.match(pairs, targets, joined, None, s)
+        losses = F.cross_entropy(logits.to(dtype), labels), loss(layers, memory)
     return [torch.autograd.grad(loss, leaf, retain_graph=True)[0].double().flatten() for loss in losses]
 
 
@@ -166,20 +153,19 @@ def parity(folder):
     s, K = config["settings"], len(teacher["classes"])
     data = squeeze.load_data(s["dataset"], s["data"], s["size"], s["classes"], s["validate"])
     found = squeeze.load(folder, "statistics.pt", config)
-    real = recover.real_layers(found, "conv", dict(signal="mean"), device)
+    real = recover.real_layers(found, {}, device)
     index, labels = recover.starting_images(data, 100, found["confidence"]), torch.arange(K, device=device)
     load = lambda k: squeeze.normalise(squeeze.take(data, data.train, index[k]).to(device), teacher["mean"], teacher["std"])
     print(f"{folder}, {network.precision}: cosine of image gradients with float64's\n{'alpha':>9s} {'EMU':>4s} "
           f"{'cross-entropy':>14s} {'matching':>9s} {'A rounded first':>16s}")
     for ipc in (1, 10, 50, 100):
-        alpha, memory = spectral.alpha_schedule(ipc - 1, ipc, 0.1), dict(b=0, rows=0, layers={})
+        alpha, memory = spectral.alpha_schedule(ipc - 1, ipc, 0.1), {}
         memories = {"no": memory}
         if ipc > 1:
-            with torch.no_grad(), recover.layer_statistics(network, "conv", None, dict(signal="mean"), None) as current:
+            with torch.no_grad(), spectral.collect_inputs(network, transform=spectral.moments) as layers:
                 for k in range(ipc - 1):
                     network(load(k))
-                    layers = recover.join(memory, current, k, labels, dict(emu="pool"))
-                    memory = dict(b=k + 1, rows=(k + 1) * K, layers=layers)
+                    memory = spectral.join(memory, layers)
             memories["yes"] = memory
         for emu, memory in memories.items():
             values = cosines(network, load(ipc - 1), labels, real, memory, alpha)
@@ -194,18 +180,13 @@ def check_agreement(case):
     expected = reference_loss(network.to(memory_format=torch.contiguous_format), plain, labels, real)
     wanted, = torch.autograd.grad(expected, plain)
     squeeze.fold(network).to(memory_format=torch.channels_last)
-    leaf, stacked = images.clone().requires_grad_(), recover.stack(real)
-    pairs = [recover.cfm_pairs(0, settings) for _ in stacked]
-    targets = [recover.apply_pairs(p, *layer, 1) for p, layer in zip(pairs, stacked)]
-    with recover.layer_statistics(network, "conv", None, settings, None) as current:
-        logits = network(leaf)
-        loss = F.cross_entropy(logits, labels) + GAMMA * recover.match(pairs, targets,
-                                                                       recover.objective(current, settings), None, settings)
+    leaf, matching = images.clone().requires_grad_(), spectral.matching(real, spectral.cfm_pairs(ALPHA))
+    with spectral.collect_inputs(network, transform=spectral.moments) as layers:
+        loss = F.cross_entropy(network(leaf), labels) + GAMMA * matching(layers)
     found, = torch.autograd.grad(loss, leaf)
     errors = abs(loss - expected).item() / expected.item(), ((found - wanted).norm() / wanted.norm()).item()
     assert errors[0] < 1e-3 and errors[1] < 1e-2, f"{case}: loss off by {errors[0]:.1e}, gradient by {errors[1]:.1e}"
-    memory = dict(b=0, rows=0, layers={})
-    cosine = cosines(network, images[:10], labels[:10], real, memory, SMALLEST)
+    cosine = cosines(network, images[:10], labels[:10], real, {}, SMALLEST)
     print(f"{case}: at alpha {SMALLEST:.1e} in {network.precision}, cosine {cosine[1]:.3f} (cross-entropy {cosine[0]:.3f})")
     assert cosine[1] > 0.8, f"{case}: at alpha {SMALLEST:.1e} the gradient's cosine with float64 is {cosine[1]:.3f}"
     return *errors, cosine[1]
@@ -326,7 +307,7 @@ def growth(ipc, classes):
              signal="mean", emu="pool", loss="both", init="real", seed=0)
     with tempfile.TemporaryDirectory() as folder:
         seconds = recover.distil(Path(folder), data, network, teacher, {**found, "class_counts": labels.bincount()},
-                                 lambda k, psi: recover.cfm_pairs(k, s), s, device)
+                                 lambda k: recover.pairs_of_round(k, s), s, device)
     return seconds / (ipc * classes), squeeze.peak_memory(device)
 
 
