@@ -183,7 +183,10 @@ def distil(job, args):
         if args.iterations:
             if b == done or b % len(chunks) == 0:          # the real side is constant within a round
                 job.matching = spectral.matching(job.real, job.pairs_of(k), args.signal, args.centred)
-            images = make_batch(job, args, images.to(device), classes.to(device), memory, rng).cpu()
+            try:
+                images = make_batch(job, args, images.to(device), classes.to(device), memory, rng).cpu()
+            except ValueError as error:                    # an alpha that the precision does not resolve
+                raise BadInput(str(error)) from error
         pixels = images.numpy().tobytes()
         with squeeze.writing(job.folder / "images.raw", "r+b" if b else "wb") as file:   # flushed before it is counted
             file.seek(memory["bytes"])

@@ -239,10 +239,11 @@ def join(memory: dict | None, layers: dict, step: int | None = None) -> dict:
 
 @torch.no_grad()
 def real_statistics(network: nn.Module, batches: Iterable, K: int, select: Callable = is_main_convolution,
-                    layout: str | None = None, forward: Callable | None = None) -> dict:
+                    forward: Callable | None = None, **more) -> dict:
     """One pass over (images, labels [B]) batches: {name: Statistics} of the whole set in float64, class-wise FLC included.
 
-    forward(images, labels) runs the network in place of network(images): under autocast, or to keep the logits.
+    forward(images, labels) runs the network in place of network(images): under autocast, or to keep the logits. more:
+    collect_inputs' layout and outputs.
     ValueError if network is in training mode or batches are empty.
     >>> batches = [(torch.rand(5, 3, 8, 8), torch.arange(5)), (torch.rand(1, 3, 8, 8), torch.tensor([4]))]
     >>> real_statistics(nn.Sequential(nn.Conv2d(3, 8, 3)).eval(), batches, K=5)["0"].count
@@ -252,7 +253,7 @@ def real_statistics(network: nn.Module, batches: Iterable, K: int, select: Calla
     layers = {}
     for images, labels in batches:
         Y = nn.functional.one_hot(labels, K)
-        with collect_inputs(network, select, moments, Y, layout) as seen:
+        with collect_inputs(network, select, moments, Y, **more) as seen:
             forward(images, labels) if forward else network(images)
         layers = join(layers, {name: layer.to(torch.float64) for name, layer in seen.items()})
     if not layers:
