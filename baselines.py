@@ -6,9 +6,9 @@
 Every objective compares  f(FFC) g(FLC)  of the real and the synthetic set; METHODS says with which. The run folder is
 like recover.py's, so relabel.py and eval.py take it as it is.
 
-These are the linear-head forms of the theory on one trained teacher, under CFM's recipe (real start, cross-entropy,
-views). They leave out what the published methods add: DM and DC draw many random networks, MTT matches trajectories
-of a whole network, FrePo keeps a pool of networks. So no number made here is the published method's number.
+These are the linear-head forms of the theory on one trained teacher, under CFM's recipe (start, cross-entropy, views).
+They leave out what the published methods add: DM and DC draw many random networks, MTT matches trajectories of a whole
+network, FrePo keeps a pool of networks. So no number made here is the published method's number.
 """
 import torch
 

@@ -6,8 +6,8 @@ images (--report), or write them as PNGs (--export).
 
 Each epoch shows a student the views that relabel.py showed the teacher, with the teacher's soft labels as the target
 (KL divergence at temperature T). Reported is the last epoch, mean and deviation over seeds, of the averaged student:
-the exponential average of the weights (0.99 a step). Raw last epochs swing by points; best test epochs flatter;
-neither is used. Missing labels are made first. Writes RUN/result.json.
+the exponential average of the weights (0.99 a step). Raw last epochs, shown beside it, swing by points; best test
+epochs flatter and are not looked at. Missing labels are made first. Writes RUN/result.json.
 """
 import math
 import time
@@ -182,6 +182,7 @@ def evaluate(run, network, data, source, argv):
     args, defaults = (recipe(flags, dataset, len(images)) for flags in (argv, [run]))
     args.network, args.epochs = network, parse(argv).epochs or labels["epochs"]
     chosen = {key: getattr(args, key) for key in RECIPE}
+    chosen["teacher"] = args.teacher and Path(args.teacher).resolve().name     # its hash is in the labels' one
     path, name = Path(run) / "result.json", "-".join([network, *squeeze.changed(chosen, vars(defaults))])
     identity = {"settings": {"network": network, **chosen, "precision": content["precision"]}, "views": labels,
                 "labels": label_hash, "images": config["artefacts"]["images.pt"]}
@@ -352,7 +353,8 @@ def parse(argv):
     parser = squeeze.Parser(__doc__)
     add = parser.add_argument_group("what").add_argument
     add("runs", nargs="+", metavar="RUN", help="folders made by recover.py, baselines.py or relabel.py --images")
-    add("--network", nargs="+", choices=squeeze.STUDENTS, help="students (default: the teacher's network)")
+    add("--network", nargs="+", choices=squeeze.STUDENTS, metavar="NET",
+        help="students (default: the teacher's network): " + ", ".join(squeeze.STUDENTS))
     add("--teacher", metavar="DIR", help="whose labels students learn (default: the one whose spectra were matched)")
     add("--validate", action="store_true", help="test on images held out by squeeze.py --validate, to choose settings")
     add("--report", action="store_true", help="only compare the RUNs' images: spectra, similarity, pictures")
@@ -368,28 +370,32 @@ def parse(argv):
         help="of the rate: a cosine that ends at half of it (default, as the authors' code), or at zero")
     add("--ema", type=number(float, 0), default=0.99, help="averaging of the student, a step (default 0.99)")
     add("--temperature", type=number(float, 0, strict=True), default=20.0, help="of the soft labels (default 20)")
-    add("--hard", action="store_true", help="hard labels instead of the teacher's, on the same views")
+    add("--hard", action="store_true", help="hard labels instead of the teacher's, on views of the same kind")
     add("--online", action="store_true", help="ask the teacher at every epoch and store no labels")
     args = parser.parse_args(argv)
     if args.ema >= 1:
         raise BadInput(f"--ema {args.ema} found, must be < 1")
     if args.export and len(args.runs) > 1:
         raise BadInput(f"--export takes one RUN, found {len(args.runs)}")
-    if args.hard and args.teacher:
-        raise BadInput("--teacher has no effect with --hard: leave one out")
+    for flag, useless in (("teacher", args.teacher), ("online", args.online), ("temperature", args.temperature != 20)):
+        if args.hard and useless:
+            raise BadInput(f"--{flag} has no effect with --hard: leave one out")
+    if args.export and args.report:
+        raise BadInput("--export has no effect with --report: leave one out")
     return args
 
 
 def show_table(table, args):
-    print("\n%-44s %-24s %-13s %13s %13s %10s %10s %8s" % ("run", "labels of", "student", "averaged", "raw", "images",
-                                                           "labels", "time"))
+    print("\n%-44s %-24s %-13s %2s %13s %13s %10s %10s %8s" % ("run", "labels of", "student", "n", "averaged", "raw",
+                                                               "images", "labels", "time"))
     for run, network, row in table:
         whose = "none" if args.hard else Path(args.teacher or Path(run).resolve().parent).resolve().name
-        print("%-44s %-24s %-13s %6.2f ± %4.2f %6.2f ± %4.2f %7.2f MB %7.2f MB %6.0f s" % (
-            run, whose, network, *(row[key] for key in ("averaged", "averaged_std", "raw", "raw_std")),
+        print("%-44s %-24s %-13s %2d %6.2f ± %4.2f %6.2f ± %4.2f %7.2f MB %7.2f MB %6.0f s" % (
+            run, whose, network, len(row["seeds"]),
+            *(row[key] for key in ("averaged", "averaged_std", "raw", "raw_std")),
             row["image_bytes"] / 1e6, row["label_bytes"] / 1e6, row["seconds"]))
-    print(f"top-1 {'held-out' if args.validate else 'test'} accuracy in %, last epoch, mean and deviation over "
-          f"{len(row['seeds'])} seeds; peak memory {squeeze.peak_memory(squeeze.pick_device()):.0f} MB\n"
+    print(f"top-1 {'held-out' if args.validate else 'test'} accuracy in %, last epoch, mean and deviation over n seeds"
+          f"; peak memory {squeeze.peak_memory(squeeze.pick_device()):.0f} MB\n"
           "next: the same with recover.py --iterations 0, the honest rival")
 
 

@@ -2,10 +2,10 @@
 Matching). A missing teacher is squeezed first.
 
     python recover.py                                                    toy images, one to two minutes on two CPU cores
-    python recover.py --dataset cifar10 --network convnet --ipc 10       a minute or less on one CPU core
-    python recover.py --dataset cifar10 --network convnet --preset paper the paper's settings, 3 to 13 minutes
-    python recover.py --dataset tiny --ipc 100 --alpha-max 1             the paper's settings, one GPU
-    python recover.py --iterations 0                                     the honest rival: real images, untouched
+    python recover.py --teacher runs/cifar10-convnet-epochs16 --ipc 10   a minute or less on one CPU core
+
+--preset paper takes the paper's settings (3 to 13 minutes there); --iterations 0 leaves real images untouched, the
+honest rival. On one GPU: python recover.py --dataset tiny --ipc 100 --alpha-max 1.
 
 Images are made in batches, one image of every class (or of a chunk of the classes) at a time. All batches of round k,
 the k-th images of all classes, share alpha_k, which falls from alpha_max toward 0: early images match the low
@@ -48,7 +48,7 @@ def random_views(rng, T, B, size, device):
 
 def optimise(images, losses, view, teacher, args, report):
     """T Adam steps on uint8 images [B, 3, S, S]; returns what they became. losses(x): cross-entropy and matching
-    loss of a view; view(images, t); report(t, cross-entropy, matching) is called every 100 iterations."""
+    loss of a view; view(images, t); report(t, cross-entropy, matching): every 100 iterations and after the last."""
     T, levels = args.iterations, torch.tensor([0, 255], dtype=torch.uint8, device=images.device).view(2, 1, 1, 1)
     black, white = squeeze.normalise(levels.expand(2, 3, 1, 1), teacher["mean"], teacher["std"]).split(1)
     images = squeeze.normalise(images, teacher["mean"], teacher["std"]).requires_grad_()
@@ -101,7 +101,10 @@ def make_batch(job, args, images, classes, memory, rng):
         def losses(x):
             with squeeze.autocast(job.network):
                 logits = job.network(x)
-            return F.cross_entropy(logits.float(), classes), job.matching(layers, old, step)
+            try:
+                return F.cross_entropy(logits.float(), classes), job.matching(layers, old, step)
+            except ValueError as error:                    # an alpha that few feature vectors do not resolve
+                raise BadInput(f"--alpha-max (or --beta): {error}") from error
         images = optimise(images, losses, views(args.iterations), job.teacher, args, job.report)
         if args.emu != "off":
             seen = view_statistics(images, job.network, layers, views(min(10, args.iterations)), job.teacher, args)
@@ -183,10 +186,7 @@ def distil(job, args):
         if args.iterations:
             if b == done or b % len(chunks) == 0:          # the real side is constant within a round
                 job.matching = spectral.matching(job.real, job.pairs_of(k), args.signal, args.centred)
-            try:
-                images = make_batch(job, args, images.to(device), classes.to(device), memory, rng).cpu()
-            except ValueError as error:                    # an alpha that the precision does not resolve
-                raise BadInput(str(error)) from error
+            images = make_batch(job, args, images.to(device), classes.to(device), memory, rng).cpu()
         pixels = images.numpy().tobytes()
         with squeeze.writing(job.folder / "images.raw", "r+b" if b else "wb") as file:   # flushed before it is counted
             file.seek(memory["bytes"])
@@ -239,8 +239,8 @@ def add_flags(parser):
     add("--init", choices=["confident", "real", "noise"], help="start from the training images the teacher is surest\n"
         "of (CIFAR), the first ones of a class (else, and with --iterations 0), or noise")
     add("--iterations", type=number(int, 0), help="Adam steps a batch (CIFAR, toy 100; paper 1000); 0: real images")
-    add("--lr", type=number(float, 0, strict=True), help="Adam's rate on pixels (CIFAR 0.02, else 0.1; paper 0.25)")
-    add("--batch", type=number(int, 1), help="classes a batch, one image of each (toy 10, CIFAR all, else 200)")
+    add("--lr", type=number(float, 0, strict=True), help="Adam's, normalised pixels (CIFAR 0.02, paper 0.25; else 0.1)")
+    add("--batch", type=number(int, 1), help="classes a batch, one image of each (200, imagenet 500)")
     add("--gamma", type=number(float, 0), help="weight of the matching losses (CIFAR 10, else 0.1)")
     add("--emu", choices=["pool", "paper", "off"], help="memory of finished batches: their features as one set\n"
         "(default), Eq. 17 (--preset paper), or none (the authors' code unless asked)")
@@ -251,12 +251,12 @@ def parse(argv):
     parser = squeeze.Parser(__doc__)
     add_flags(parser)
     add = parser.add_argument_group("spectra").add_argument
-    add("--alpha-max", type=number(float, 0, strict=True), help="where the curriculum starts, > 0 (tiny 1, else 0.1)")
-    add("--schedule", choices=["cosine", "linear", "constant"], default="cosine", help="of alpha over rounds")
+    add("--alpha-max", type=number(float, 0, strict=True), help="where alpha starts, in features^2 (0.1; tiny 1)")
+    add("--schedule", choices=["cosine", "linear", "constant"], default="cosine", help="of alpha (default cosine)")
     add("--filter", choices=["cfm", "high", "low"], default="cfm",
-        help="cfm: 1/(lambda + alpha_k); high: the same with alpha_max / 100 throughout; low: lambda")
-    add("--loss", choices=["both", "filter", "signal"], default="both", help="which of Eq. 19's two")
-    add("--signal", choices=["mean", "class"], default="mean", help="FLC: mean [C], or class-wise [C, K]")
+        help="cfm (default): 1/(lambda + alpha_k); high: alpha_max / 100 throughout; low: lambda")
+    add("--loss", choices=["both", "filter", "signal"], default="both", help="which of Eq. 19's two (default both)")
+    add("--signal", choices=["mean", "class"], default="mean", help="FLC: mean [C] (default), or class-wise [C, K]")
     args = parser.parse_args(argv)
     for flag, useless in (("alpha-max", args.filter == "low" and args.alpha_max),
                           ("schedule", args.filter != "cfm" and args.schedule != "cosine")):
@@ -267,8 +267,8 @@ def parse(argv):
 
 
 def preset_of(args):
-    """What flags left out take: the paper's settings, or ours where we have some. Zero iterations are the random-real
-    baseline under both."""
+    """What flags left out take: the paper's settings, or ours where we have some. Zero iterations are the honest rival
+    under both, the first real images of each class."""
     preset = squeeze.PRESETS[args.dataset]
     ours = preset["ours"] if args.preset == "ours" and args.iterations != 0 else {}
     return {**preset["recover"], **ours, "network": preset["network"]}
@@ -306,8 +306,9 @@ def run(args, method, defaults, pairs_for):
     squeeze.fill(args, preset_of(args))
     squeeze.show(args)
     made = squeeze.read_config(parent, "squeeze", args.resume)["settings"] if (parent / "config.json").is_file() else {}
-    args.data = str(Path(args.data or made.get("data", "data")).resolve())
+    args.data = args.data or made.get("data", "data")
     data = squeeze.load_data(args.dataset, args.data, *(made.get(key) for key in ("size", "classes", "validate")))
+    args.data = str(Path(args.data).resolve())
     if args.init != "noise":
         starting_images(data, args.ipc)
     K, N = len(data.classes), args.ipc * len(data.classes)
@@ -323,7 +324,11 @@ def run(args, method, defaults, pairs_for):
     job = Namespace(data=data, network=network, teacher=teacher, confidence=found["confidence"], select=select,
                     folder=parent / run_name(method, args, defaults),
                     real={name: spectral.Statistics(**found["layers"][name]).to(device) for name in names})
-    job.pairs_of = pairs_for(args, job.real)               # refuses an unstable rate
+    job.pairs_of = pairs_for(args, job.real)               # refuses an unstable rate; the next line, a tiny alpha
+    try:
+        spectral.matching(job.real, job.pairs_of(args.ipc - 1), args.signal, args.centred)(job.real)
+    except ValueError as error:
+        raise BadInput(f"--alpha-max (or --beta): {error}") from error
     args.precision = teacher["precision"]
     config = squeeze.open_run(job.folder, "recover", squeeze.settings(args),
                               {"data": data.sha256, **parent_config["artefacts"]}, args.resume)

@@ -238,8 +238,8 @@ def import_images(parent, source, resume):
     tensors, labels = [files[i][0] for i in range(len(files))], files.split.labels
     for image, path in zip(tensors, files.split.images):
         if image.shape[1:] != (teacher["size"], teacher["size"]):
-            raise BadInput(f"{path}: {tuple(image.shape[1:])} pixels found, the teacher takes {teacher['size']} squared: "
-                           "mend or remove it")
+            raise BadInput(f"{path}: {tuple(image.shape[1:])} pixels found, the teacher takes {teacher['size']} squared"
+                           ": mend or remove it")
     images, folder = torch.stack(tensors), parent / source.resolve().name
     s = {key: config["settings"][key] for key in ("dataset", "data", "network")}
     s.update(images=str(source.resolve()), ipc=1 + int(position.max()))

@@ -1,13 +1,13 @@
-"""Stage 1, squeeze: train the teacher, then take the real set's statistics (FFC and FLC of every layer) in one pass.
+"""Stage 1, squeeze: train the teacher, then take the real set's statistics (FFC and FLC of every layer) in
+one pass.
 
-    python squeeze.py                                                 toy images, two minutes on one CPU core
-    python squeeze.py --dataset cifar10 --network convnet --epochs 16 10 to 60 minutes on two CPU cores
-    python squeeze.py --dataset tiny                                  the paper's settings for Tiny-ImageNet, one GPU
+    python squeeze.py                                                  toy images, a minute or two on two CPU cores
+    python squeeze.py --dataset cifar10 --network convnet --epochs 16  10 to 60 minutes on two CPU cores
 
 Writes runs/<dataset>-<network>/, with what is not the default in its name (...-epochs16), so that teachers live side by
 side: teacher.pt, statistics.pt, config.json, log.jsonl. The network's precision is the teacher's property: all later
 stages take it from there. The stage is at the end. Before it stands what all stages share, and each part needs only
-those above it: presets, errors and flags, data sets, views, networks, run folders.
+those above it: presets, errors and flags, data sets and views, networks, run folders.
 """
 import argparse
 import contextlib
@@ -46,9 +46,10 @@ except ImportError:                                        # Windows
     fcntl = None
 
 # One row a data set: what it is, then each stage's settings (paper, Tables 9-12, and the authors' code for views,
-# labels and students; toy is ours). `ours`: what did better than the paper's where it was measured (README). batch: up
-# to so many images, students train in the first, else in the second number of images a step. Mean and deviation live
-# here and in teacher.pt, nowhere else: every stage normalises with the teacher's.
+# labels and students; toy is ours). `ours`: what did better than the paper's where it was measured (README). batch:
+# (limit, small, large): up to `limit` images, students take `small` a step, else `large`. Mean and deviation live here
+# and in teacher.pt, nowhere else: every stage normalises with the teacher's. A new data set is a row here and a
+# function in LOADERS.
 PAPER = dict(gamma=0.1, init="real", emu="paper")
 CIFAR = dict(size=32, network="resnet18", relabel=dict(epochs=1000, scale=0.08),
              ours=dict(init="confident", iterations=100, lr=0.02, gamma=10.0, emu="pool"))
@@ -146,7 +147,7 @@ def peak_memory(device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data sets
+# Data sets and views
 
 class Split(NamedTuple):
     images: object          # uint8 [n, 3, S, S] in memory, or a list of n file names that are read when needed
@@ -318,7 +319,7 @@ def load_data(name, root, size=None, classes=None, validate=None):
     """Load a data set by name. root: the folder it lies in (--data); validate: see hold_out. Raises BadInput for
     whatever is wrong with it."""
     if not Path(root).is_dir() and (name in ("imagenet", "folder") or root != "data" and name != "toy"):
-        wanted = "train/ and val/" if name in ("imagenet", "folder") else f"{name} in it, or an empty one to download to"
+        wanted = "train/ and val/" if name in ("imagenet", "folder") else f"{name} in it, or an empty one to load it to"
         raise BadInput(f"--data {root}: no such folder: name one with {wanted}")
     size = size or PRESETS[name]["size"]
     train, test, names = LOADERS[name](root, size, classes or 10)
@@ -445,9 +446,8 @@ def training_batches(data, batch, augment, rng):
     """
     images, labels = data.train
     if not torch.is_tensor(images):
-        crop = T.RandomResizedCrop(data.size) if augment == "resized" else T.RandomCrop(data.size, padding=4)
-        yield from stream(data.train, T.Compose([crop, T.RandomHorizontalFlip(), T.PILToTensor()]), batch,
-                          int(rng.integers(2**31)))
+        view = T.Compose([T.RandomResizedCrop(data.size), T.RandomHorizontalFlip(), T.PILToTensor()])
+        yield from stream(data.train, view, batch, int(rng.integers(2**31)))
         return
     order = torch.from_numpy(rng.permutation(len(labels)))
     padded = F.pad(images, (4, 4, 4, 4)) if augment == "crop" else None
@@ -665,7 +665,7 @@ def open_run(folder, stage, settings, inputs, resume):
     config = read_config(folder, stage, True)
     for now, then in ((settings, config["settings"]), (inputs, config["inputs"])):
         for key in now:
-            if now[key] != then.get(key) and (now is inputs or key not in ("data", "images")):    # moved: hashes tell
+            if now[key] != then.get(key) and (now is inputs or key not in ("data", "images", "teacher")):  # hashes tell
                 raise BadInput(f"--resume {folder}: {key} is {now[key]!r} now and was {then.get(key)!r}: give the "
                                f"same, or remove the folder")
     return config
@@ -758,8 +758,8 @@ def gather_statistics(network, data, teacher, batch):
         confidence.append(logits.log_softmax(1).gather(1, labels[:, None])[:, 0].cpu())
 
     loader = ((images.to(device), labels.to(device)) for images, labels in batches(data, data.train, batch))
-    select = lambda name, module: name == head or spectral.is_main_convolution(name, module)
-    layers = spectral.real_statistics(network, loader, len(data.classes), select, forward=forward)
+    wanted = lambda name, module: name == head or spectral.is_main_convolution(name, module)
+    layers = spectral.real_statistics(network, loader, len(data.classes), wanted, forward=forward)
     seconds = time.time() - start
     print(f"statistics of {len(layers)} layers over {len(data.train.labels)} images: {seconds:.1f} s, "
           f"{len(data.train.labels) / seconds:.0f} images/s", flush=True)
@@ -848,8 +848,6 @@ def parse(argv):
     add("--data", default="data", metavar="DIR", help="where it lies or is downloaded to (default: data)")
     add("--size", type=number(int, 16), help="folder only: pixels (default 224)")
     add("--classes", type=number(int, 2), help="toy only: number of classes (default 10)")
-    add("--validate", action="store_true",
-        help="hold out the last 10 %% of every class's training images, to choose settings on")
     add = parser.add_argument_group("how").add_argument
     add("--network", choices=TEACHERS, help="the teacher (default: convnet for toy, else resnet18)")
     add("--epochs", type=number(int, 1), help="toy 4, CIFAR-10 200, CIFAR-100 100, tiny 50, else 90")
@@ -860,6 +858,8 @@ def parse(argv):
         help="of the network, in all stages (default: bfloat16 where the device multiplies in it)")
     add("--keep", type=number(int, 1), nargs="+", metavar="E", help="keep the weights of these epochs, for --teacher")
     add("--seed", type=number(int, 0), default=0, help="default 0")
+    add("--validate", action="store_true",
+        help="hold out the last 10 %% of every class's training images, to choose settings on")
     add = parser.add_argument_group("instead of training").add_argument
     add("--pretrained", action="store_true", help="imagenet only: torchvision's weights")
     add("--teacher", metavar="FILE",
@@ -872,6 +872,8 @@ def parse(argv):
     for flag in ("pretrained", "epochs", "lr", "wd", "keep"):
         if given and f"--{flag}" != given and getattr(args, flag):
             raise BadInput(f"--{flag} has no effect with {given}: leave one out")
+    if args.keep and max(args.keep) > (args.epochs or PRESETS[args.dataset]["squeeze"]["epochs"]):
+        raise BadInput(f"--keep {max(args.keep)} found, must be at most --epochs")
     if args.pretrained and args.network == "convnet":
         raise BadInput("--pretrained: torchvision has no weights for --network convnet: name a resnet")
     preset = PRESETS[args.dataset]
@@ -880,10 +882,12 @@ def parse(argv):
 
 
 def teacher_folder(args):
-    """runs/<dataset>-<network>, then every setting of the teacher that is not the data set's default."""
-    hidden = ("dataset", "data", "network", "size", "classes", "pretrained", "keep", "resume")
-    return Path("runs") / "-".join([args.dataset, args.network,
-                                    *changed(vars(args), vars(parse(["--dataset", args.dataset])), hidden)])
+    """runs/<dataset>-<network>, then every setting of the teacher that is not the data set's default, in the order of
+    the flags; of a folder of one's own its name, too."""
+    own = [Path(args.data).resolve().name] if args.dataset == "folder" else []
+    defaults, hidden = vars(parse(["--dataset", args.dataset])), ("dataset", "data", "network", "keep", "resume")
+    extra = changed(vars(args), defaults, hidden)
+    return Path("runs") / "-".join([args.dataset, *own, args.network, *extra])
 
 
 def ensure(folder, flags, resume):
@@ -913,7 +917,8 @@ def run(args, folder):
     if given:                                              # refused before a folder is made
         given_weights(network, args, teacher)
     args.data = str(Path(args.data).resolve())
-    config = open_run(folder, "squeeze", settings(args), {"data": data.sha256}, args.resume)
+    inputs = {"data": data.sha256, **({"teacher": sha256(args.teacher)} if args.teacher else {})}
+    config = open_run(folder, "squeeze", settings(args), inputs, args.resume)
     if "statistics.pt" not in config["artefacts"]:
         data = data._replace(train=in_memory(data, data.train, device), test=in_memory(data, data.test, device))
         if not (folder / "teacher.pt").is_file():

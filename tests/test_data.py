@@ -69,7 +69,7 @@ def test_folder_errors(folder):
 def test_folder_runs_end_to_end_and_the_size_is_remembered(folder, capsys):
     squeeze.main(["--dataset", "folder", "--data", str(folder), "--size", "32", "--network", "convnet", "--epochs",
                   "1", "--batch", "5"])
-    teacher = "runs/folder-convnet-epochs1-batch5"
+    teacher = "runs/folder-set-convnet-size32-epochs1-batch5"
     assert f"next: python recover.py --teacher {teacher}" in capsys.readouterr().out
     recover.main(["--teacher", teacher, "--ipc", "2", "--iterations", "2"])
     run = f"{teacher}/cfm-ipc2-iterations2"
@@ -124,7 +124,7 @@ def test_teacher_file(here):
     shutil.rmtree("runs")
     squeeze.main(["--classes", "4", "--teacher", "mine.pth", "--precision", "float32"])
     made, = Path("runs").iterdir()
-    assert made.name.startswith("toy-convnet-teachermine.pth")
+    assert "teachermine.pth" in made.name
     assert json.loads((made / "config.json").read_text())["results"]["test"] == score
     again = torch.load(made / "statistics.pt", weights_only=True)["layers"]
     assert all(torch.allclose(again[name]["ffc"], statistics[name]["ffc"], rtol=1e-4) for name in statistics)

@@ -343,9 +343,9 @@ def test_squeeze_resumes_to_the_same_teacher_and_recover_takes_it_along(here, mo
     shutil.rmtree("runs")
     train, test = (squeeze.Split(*squeeze.toy(n, 2, seed)) for n, seed in ((100, 0), (20, 1)))
     monkeypatch.setitem(squeeze.LOADERS, "toy", lambda root, size, classes: (train, test, ["a", "b"]))
-    flags, folder = ["--classes", "2", "--epochs", "2", "--batch", "50"], Path("runs/toy-convnet-epochs2")
+    flags, folder = ["--classes", "2", "--epochs", "2", "--batch", "50"], Path("runs/toy-convnet-classes2-epochs2")
     squeeze.main(flags)
-    assert [path.name for path in Path("runs").iterdir()] == ["toy-convnet-epochs2"]       # batch 50 is the default
+    assert [path.name for path in Path("runs").iterdir()] == ["toy-convnet-classes2-epochs2"]       # batch 50 is the default
     whole = torch.load(folder / "teacher.pt", weights_only=True)["state_dict"]
     statistics = (folder / "statistics.pt").read_bytes()
     shutil.rmtree("runs")
