@@ -130,7 +130,7 @@ def view_statistics(images, network, current, teacher, rng, views, s):
     for t in range(views):
         with squeeze.autocast(network):
             network(view(images, t))
-        seen = spectral.join(seen, current, step_of(t + 1, s))
+        seen = spectral.merge(seen, current, step_of(t + 1, s))
     return {name: layer._replace(count=layer.count // views) for name, layer in seen.items()}
 
 
@@ -205,7 +205,7 @@ def distil(folder, data, network, teacher, statistics, pairs_of, s, device):
                 images = to_uint8(images, teacher)
                 if s["emu"] != "off":
                     seen = view_statistics(images.to(device), network, current, teacher, rng, min(10, s["iterations"]), s)
-                    memory["layers"] = spectral.join(memory["layers"], seen, step)
+                    memory["layers"] = spectral.merge(memory["layers"], seen, step)
         with open(folder / "images.raw", "r+b" if b else "wb") as file:
             file.seek(images[0].numel() * (k * K + int(here[0])))
             file.write(images.numpy().tobytes())

@@ -165,7 +165,7 @@ def parity(folder):
             with torch.no_grad(), spectral.collect_inputs(network, transform=spectral.moments) as layers:
                 for k in range(ipc - 1):
                     network(load(k))
-                    memory = spectral.join(memory, layers)
+                    memory = spectral.merge(memory, layers)
             memories["yes"] = memory
         for emu, memory in memories.items():
             values = cosines(network, load(ipc - 1), labels, real, memory, alpha)

@@ -283,7 +283,7 @@ def test_uncentred_moments_are_h_transposed_h():
     torch.manual_seed(0)
     sets, memory = [torch.randn(4, 5, dtype=torch.float64) + 30 for _ in range(3)], {}
     for b, H in enumerate(sets, 1):
-        memory = spectral.join(memory, {"x": spectral.moments(H)}, recover.step_of(b, dict(emu="paper", uncentred=True)))
+        memory = spectral.merge(memory, {"x": spectral.moments(H)}, recover.step_of(b, dict(emu="paper", uncentred=True)))
         (_, (found, phi)), H = spectral.filtered(list(memory.values()), baselines.dc({}), "mean", False, 1), torch.cat(sets[:b])
         assert torch.allclose(found[0], H.T @ H / len(H), rtol=1e-10) and torch.allclose(phi[0, :, 0], H.mean(0))
     stored = dict(layers={"x": spectral.statistics(H)._asdict()}, head="none", class_counts=torch.tensor([12]))
