@@ -88,7 +88,7 @@ def view_statistics(images, network, layers, view, teacher, args):
     for t in range(T):
         with squeeze.autocast(network):
             network(view(images, t))
-        seen = spectral.join(seen, layers, step_of(t + 1, args))
+        seen = spectral.merge(seen, layers, step_of(t + 1, args))
     return {name: layer._replace(count=layer.count // T) for name, layer in seen.items()}      # they weigh as one batch
 
 
@@ -108,7 +108,7 @@ def make_batch(job, args, images, classes, memory, rng):
         images = optimise(images, losses, views(args.iterations), job.teacher, args, job.report)
         if args.emu != "off":
             seen = view_statistics(images, job.network, layers, views(min(10, args.iterations)), job.teacher, args)
-            memory["layers"] = spectral.join(old, seen, step)
+            memory["layers"] = spectral.merge(old, seen, step)
     return images
 
 

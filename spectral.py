@@ -2,26 +2,23 @@
 
 "Understanding Dataset Distillation via Spectral Filtering" (Bo, Liu, Wang; ICLR 2026; arXiv 2503.01212) shows that many
 distillation objectives compare two matrices of a frozen network's features, after the same spectral filter:
-
     min over X_s  || f(FFC) g(FLC) - f(FFC_s) g(FLC_s) ||,   g = I (match filters) or g(x) = x (match signals)  (Eq. 1)
 
 Letters, fixed for the whole project:
     B batch  C channels  H W pixels  T tokens  K classes  N = K * IPC synthetic images  L layers of equal C, stacked
-    X [n, C]    feature vectors as rows, one for every pixel or token; H [B, C]: averaged over an image's
-    Y [B, K]    labels, one-hot or soft
+    X [n, C]    feature vectors as rows, one for every pixel or token; H [B, C] their means by image; Y [B, K] labels
     FFC         feature-feature correlation, Psi [C, C]: which directions the features share (biased covariance)
     FLC         feature-label correlation, Phi [C] or [C, K]: where in those directions the classes lie
-    f(FFC)      U diag(f(lambda)) U^T of FFC = U diag(lambda) U^T, lambda >= 0
+    f(FFC)      U diag(f(lambda)) U^T of FFC = U diag(lambda) U^T, lambda >= 0, in the features' unit squared
     pairs       [(g, f), ...]: what is compared (Theorem 1); CFM's by `cfm_pairs`, other methods' in baselines.py
-Large lambda is low frequency (colour, coarse shape), small lambda is high frequency (texture, diversity). Units are the
-features': FFC has their square, and a ridge's alpha too. Suffixes: _real, and _syn or _s for our images.
+Large lambda is low frequency (colour, coarse shape), small lambda is high frequency (texture, diversity).
 
-All of it: the statistics of a loader, an objective, and the gradient of some images.
-
+Needs torch and einops. No I/O, no global state, no device choice: everything happens where the arguments are. Mistakes
+in them are ValueErrors that name the argument; features that are not finite show as a loss that is not.
+All of it, from a loader to the gradient of some images:
     >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
     >>> loader = [(torch.rand(20, 3, 9, 9), torch.arange(20) % 5) for _ in range(3)]
     >>> images = torch.rand(5, 3, 9, 9, requires_grad=True)
-
     >>> real = real_statistics(network, loader, K=5)                    # once
     >>> loss = matching(real, cfm_pairs(alpha=0.1))                     # once for each alpha
     >>> with collect_inputs(network, transform=moments) as layers:      # around the steps
@@ -29,30 +26,31 @@ All of it: the statistics of a loader, an objective, and the gradient of some im
     ...     loss(layers).backward()
     >>> images.grad.shape
     torch.Size([5, 3, 9, 9])
-
-Needs torch and einops. No I/O, no global state, no device choice: everything happens where the arguments are. Mistakes in
-them are ValueErrors that name the argument; features that are not finite show as a loss that is not.
 """
 from __future__ import annotations
 
 import math
 import threading
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Callable, Iterable, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-__all__ = ["is_main_convolution", "collect_inputs", "Statistics", "moments", "merge", "join", "real_statistics",
-           "identity", "low_pass", "ridge", "gradient_descent", "spectral_filter", "ridge_filter", "alpha_schedule",
-           "cfm_pairs", "matching"]
+__all__ = ["is_main_convolution", "collect_inputs", "Statistics", "moments", "merge", "real_statistics", "identity",
+           "low_pass", "ridge", "gradient_descent", "spectral_filter", "ridge_filter", "alpha_schedule", "cfm_pairs",
+           "matching"]
 LAYOUTS = {"plain": "b c -> b c", "map": "b c ... -> (b ...) c", "tokens": "b ... c -> (b ...) c"}
+statistics = lambda x, labels, layout: moments(x.detach(), labels, layout).to(torch.float64)    # squeeze.py's, for now
+# Statistics and filters never use half precision, whatever autocast is around, nor hold a second X in memory.
+single = lambda x: x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+full_precision = lambda x: torch.autocast(x.device.type, enabled=False)
+blocks = lambda X, mean: (single(block) - mean for block in X.split(max(4096, len(X) // 16)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Features: the inputs of a frozen network's modules
+# Features, the inputs of a frozen network's modules, and their FFC and FLC (Eq. 15-16)
 
 def is_main_convolution(name: str, module: nn.Module) -> bool:
     """The default choice of layers: every convolution but the shortcut ("downsample") ones.
@@ -65,17 +63,15 @@ def is_main_convolution(name: str, module: nn.Module) -> bool:
 def collect_inputs(network: nn.Module, select: Callable = is_main_convolution, transform: Callable = lambda x: x,
                    labels: Tensor | None = None, layout: str | None = None, outputs: bool = False):
     """Context: a dict {name: transform(input)} of the selected modules, filled anew by each call of network.
-
     select(name, module) -> bool. A module's input is its first argument; outputs: what it returns instead (the first of
-    several). transform: a function of the features, or `moments`, which is given labels and layout; without a layout it
-    is the module's: convolutions take maps, linear layers have channels last, recurrent ones as their batch_first says,
-    two axes are plain. The hooks see this thread's calls only and are gone on leaving. ValueError if select finds
-    nothing, or a module that runs twice, takes no tensor, or whose layout is uncertain.
+    several). transform: of the features, or `moments`, which is given labels and layout; without a layout the module's:
+    channels first for convolutions, last for linear and batch_first recurrent ones. The hooks see this thread's calls
+    only. ValueError if nothing is selected, or what runs twice, takes no tensor, or has no certain layout.
     >>> network = nn.Sequential(nn.Conv2d(3, 8, 3))
-    >>> with collect_inputs(network) as features, collect_inputs(network, transform=moments) as layers:
+    >>> with collect_inputs(network) as features:
     ...     logits = network(torch.rand(2, 3, 9, 9))
-    >>> features["0"].shape, layers["0"].ffc.shape
-    (torch.Size([2, 3, 9, 9]), torch.Size([3, 3]))"""
+    >>> features["0"].shape
+    torch.Size([2, 3, 9, 9])"""
     layers, owner, grad = {}, threading.get_ident(), []
 
     def begin(module, args):
@@ -89,14 +85,14 @@ def collect_inputs(network: nn.Module, select: Callable = is_main_convolution, t
             return
         x = output if outputs else next(iter((*args, *kwargs.values())), None)
         x = x[0] if outputs and isinstance(x, tuple) else x
-        wrong = f"takes or gives a {type(x).__name__}" if not torch.is_tensor(x) else \
-            "runs twice in a forward pass" if name in layers and not again else "runs without gradient in a network " \
-            "with one (a checkpoint needs use_reentrant=False)" if grad == [True] and not torch.is_grad_enabled() else ""
+        lost = grad == [True] and not torch.is_grad_enabled()
+        wrong = f"takes or gives a {type(x).__name__}" if not torch.is_tensor(x) else "runs without gradient in a " \
+            "network with one (a checkpoint: use_reentrant=False)" if lost else \
+            "runs twice in a forward pass" if name in layers and not again else ""
         if wrong:
             raise ValueError(f"select: module {name!r} {wrong}: leave it out")
         value = moments(x, labels, layout or layout_of(name, module, x)) if transform is moments else transform(x)
         layers.setdefault(name, value)
-
     selected = [(name, module) for name, module in network.named_modules() if select(name, module)]
     if not selected:
         raise ValueError("select: no module of the network is selected")
@@ -104,41 +100,27 @@ def collect_inputs(network: nn.Module, select: Callable = is_main_convolution, t
         hooks.enter_context(network.register_forward_pre_hook(begin))
         for name, module in selected:
             register = module.register_forward_hook if outputs else module.register_forward_pre_hook
-            hooks.enter_context(register(partial(hook, name), with_kwargs=True))
+            hooks.enter_context(register(lambda *args, name=name: hook(name, *args), with_kwargs=True))
         yield layers
 
 
 def layout_of(name, module, x):
-    if x.ndim == 2:
-        return "plain"
-    if isinstance(module, nn.modules.conv._ConvNd) and x.ndim == len(module.kernel_size) + 2:
-        return "map"
-    if isinstance(module, nn.Linear) or isinstance(module, nn.RNNBase) and module.batch_first:
-        return "tokens"
-    raise ValueError(f"layout: that of module {name!r}, {type(module).__name__} with {tuple(x.shape)}, is not certain: say "
-                     "map (channels first) or tokens (last)")
+    convolution = isinstance(module, nn.modules.conv._ConvNd) and x.ndim == len(module.kernel_size) + 2
+    last = isinstance(module, nn.Linear) or isinstance(module, nn.RNNBase) and module.batch_first
+    if x.ndim > 2 and not convolution and not last:
+        raise ValueError(f"layout: that of module {name!r}, {type(module).__name__} with {tuple(x.shape)}, is not "
+                         "certain: say map (channels first) or tokens (last)")
+    return "plain" if x.ndim == 2 else "map" if convolution else "tokens"
 
 
 def rows(features, layout=None):
-    """Feature vectors as the rows of one matrix [n, C]. layout: "plain" [B, C]; "map" [B, C, ...] with one to three axes
-    of pixels; "tokens" [B, ..., C], channels-last maps included. None: plain for two axes, map for four. A view where
-    channels lie last in memory. ValueError on another layout or number of axes, or without features."""
+    """Features as the rows of X [n, C]. layout: "plain" [B, C]; "map" [B, C, ...] with one to three axes of pixels;
+    "tokens" [B, ..., C], channels-last maps too; None: plain or map by two or four axes. ValueError otherwise."""
     layout = layout or {2: "plain", 4: "map"}.get(features.ndim)
     if layout not in LAYOUTS or features.ndim not in ((2,) if layout == "plain" else (3, 4, 5)) or not features.numel():
         raise ValueError(f"layout {layout!r} found for features {tuple(features.shape)}, must be one of {LAYOUTS}")
     return rearrange(features, LAYOUTS[layout])
 
-
-def full_precision(x):                                     # of the products below, whatever autocast is around
-    return torch.autocast(x.device.type, enabled=False)
-
-
-def single(x):                                             # statistics and filters never use half precision
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# FFC and FLC (Eq. 15-16)
 
 class Statistics(NamedTuple):
     """What is kept of a layer: of a batch (with gradient), of a set, of the finished batches."""
@@ -148,8 +130,7 @@ class Statistics(NamedTuple):
     flc: Tensor | None = None           # [C, K], H^T Y / B
     share: Tensor | None = None         # [K], 1^T Y / B, the classes' shares
 
-    def to(self, *args) -> Statistics:
-        """Tensor.to of each part: another device or precision."""
+    def to(self, *args) -> Statistics:  # each part's Tensor.to: another device or precision
         return Statistics(self.count, *(part if part is None else part.to(*args) for part in self[1:]))
 
     @property
@@ -159,16 +140,11 @@ class Statistics(NamedTuple):
         return self.ffc + self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
 
 
-def blocks(X, mean):                                       # X - mean, without a second X in memory
-    return (single(block) - mean for block in X.split(max(4096, len(X) // 16)))
-
-
 class _Covariance(torch.autograd.Function):
-    """X [n, C] -> covariance [C, C] and mean [C], in float32 or better. Written out, dL/dX = (X - 1 m^T) A + 1 g^T / n with
-    A = (G + G^T)/n is one product with the X that is there; autograd would keep a centred float32 copy and multiply
-    twice. Both products are of centred rows, or a mean of many deviations would cancel digits. Only the gradient is
-    rounded to X's precision: behind a filter at small alpha, A holds entries of order 1/alpha^2 along the weak
-    directions of X, where X hardly lies; they cancel in X A, but A rounded to 8 bits first does not."""
+    """X [n, C] -> covariance [C, C], mean [C], in float32 or better. Written out, dL/dX = (X - 1 m^T) A + 1 g^T / n, A
+    = (G + G^T)/n is one product with the X that is there; autograd would keep a centred float32 copy and multiply it
+    twice. Centred, or a mean of many deviations would cancel digits. Only the gradient is rounded to X's precision: at
+    small alpha A has entries of order 1/alpha^2 where X hardly lies; they cancel in X A, but not in a rounded A."""
     generate_vmap_rule = True
 
     @staticmethod
@@ -190,37 +166,32 @@ class _Covariance(torch.autograd.Function):
 
 def moments(features: Tensor, labels: Tensor | None = None, layout: str | None = None) -> Statistics:
     """The Statistics of one batch, with gradient: Psi = X^T X / n - m m^T and m = X^T 1 / n (Eq. 15-16).
-
     X [n, C]: the `rows` of features in layout. labels: Y [B, K], one-hot or soft, for the class-wise FLC H^T Y / B. In
     float32 or better, out of autocast. ValueError if labels are not [B, K], or on a wrong layout.
-    >>> seen = moments(torch.rand(6, 8, 5, 5), torch.eye(3).repeat(2, 1))
-    >>> seen.count, seen.ffc.shape, seen.flc.shape
-    (150, torch.Size([8, 8]), torch.Size([8, 3]))"""
+    >>> moments(torch.rand(6, 8, 5, 5), torch.eye(3).repeat(2, 1)).flc.shape
+    torch.Size([8, 3])"""
     with full_precision(features):
         X = rows(features, layout)
         psi, mean = _Covariance.apply(X)
         if labels is None:
             return Statistics(len(X), mean, psi)
-        B = len(features)
-        if labels.ndim != 2 or len(labels) != B:
-            raise ValueError(f"labels must be [B, K] with B = {B} (see one_hot), found {tuple(labels.shape)}")
-        H = rearrange(single(X), "(b p) c -> b p c", b=B).mean(1)
-        Y = labels.to(H)
-        return Statistics(len(X), mean, psi, H.T @ Y / B, Y.mean(0))
+        if labels.ndim != 2 or len(labels) != len(features):
+            raise ValueError(f"labels must be [B, K], B = {len(features)} (see one_hot), found {tuple(labels.shape)}")
+        H, Y = rearrange(single(X), "(b p) c -> b p c", b=len(labels)).mean(1), labels.to(single(X))
+        return Statistics(len(X), mean, psi, H.T @ Y / len(H), Y.mean(0))
 
 
-def statistics(features, labels=None, layout=None):        # until squeeze.py takes real_statistics
-    return moments(features.detach(), labels, layout).to(torch.float64)
-
-
-def merge(a: Statistics, b: Statistics, step: int | None = None) -> Statistics:
+def merge(a, b, step: int | None = None):
     """The Statistics of two disjoint sets together, exactly, in any split and order (Chan, Golub, LeVeque 1979):
         Psi = (1 - w) Psi_a + w Psi_b + w (1 - w) d d^T,  d = m_b - m_a,  w = n_b / n.
-    step = 2, 3, ...: Eq. 17 instead, w = 1 / step and no last term: the mean of the batches' statistics. That drops what
-    lies between their means (1-3 % of the trace for ten images) and takes unequal batches for equal. Differentiable.
+    EMU: a, b may be {name: Statistics}, of the finished batches (none yet: {} or None) and of the current one. step =
+    2, 3, ...: Eq. 17 as written, w = 1 / step and no last term: the mean of the batches' statistics. It drops what lies
+    between their means (1-3 % of the trace for ten images) and takes unequal batches for equal. Differentiable.
     >>> a, b = (moments(torch.tensor([[x]])) for x in (0., 2.))
-    >>> merge(a, b).ffc, merge(a, b, step=2).ffc
+    >>> merge(a, b).ffc, merge({"fc": a}, {"fc": b}, step=2)["fc"].ffc
     (tensor([[1.]]), tensor([[0.]]))"""
+    if isinstance(b, dict):
+        return {name: merge(a[name], seen, step) if a else seen for name, seen in b.items()}
     if step is not None and step < 2:
         raise ValueError(f"step counts batches, this one included, from 2 on: found {step}")
     n, d = a.count + b.count, b.mean - a.mean
@@ -230,40 +201,29 @@ def merge(a: Statistics, b: Statistics, step: int | None = None) -> Statistics:
     return Statistics(n, mean, psi + between, *labelled)
 
 
-def join(memory: dict | None, layers: dict, step: int | None = None) -> dict:
-    """EMU: {name: Statistics} of the finished batches (none yet: {}) and of the current one, merged layer by layer.
-    >>> join({"fc": moments(torch.zeros(3, 2))}, {"fc": moments(torch.ones(1, 2))})["fc"].mean
-    tensor([0.2500, 0.2500])"""
-    return {name: merge(memory[name], seen, step) if memory else seen for name, seen in layers.items()}
-
-
 @torch.no_grad()
 def real_statistics(network: nn.Module, batches: Iterable, K: int, select: Callable = is_main_convolution,
                     forward: Callable | None = None, **more) -> dict:
-    """One pass over (images, labels [B]) batches: {name: Statistics} of the whole set in float64, class-wise FLC included.
-
+    """One pass over (images, labels [B]) batches: {name: Statistics} of the set in float64, class-wise FLC included.
     forward(images, labels) runs the network in place of network(images): under autocast, or to keep the logits. more:
-    collect_inputs' layout and outputs.
-    ValueError if network is in training mode or batches are empty.
-    >>> batches = [(torch.rand(5, 3, 8, 8), torch.arange(5)), (torch.rand(1, 3, 8, 8), torch.tensor([4]))]
-    >>> real_statistics(nn.Sequential(nn.Conv2d(3, 8, 3)).eval(), batches, K=5)["0"].count
-    384"""
+    collect_inputs' layout and outputs. ValueError if network is in training mode or batches are empty.
+    >>> real_statistics(nn.Conv2d(3, 8, 3).eval(), [(torch.rand(2, 3, 8, 8), torch.arange(2))], K=2)[""].count
+    128"""
     if network.training:
         raise ValueError("network is in training mode, its statistics would change on the way: call network.eval()")
     layers = {}
     for images, labels in batches:
-        Y = nn.functional.one_hot(labels, K)
-        with collect_inputs(network, select, moments, Y, **more) as seen:
+        with collect_inputs(network, select, moments, nn.functional.one_hot(labels, K), **more) as seen:
             forward(images, labels) if forward else network(images)
-        layers = join(layers, {name: layer.to(torch.float64) for name, layer in seen.items()})
+        layers = merge(layers, {name: layer.to(torch.float64) for name, layer in seen.items()})
     if not layers:
         raise ValueError("batches: none found")
     return layers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Filters f(FFC) = U f(Lambda) U^T: functions of the eigenvalues. Where f(FFC) can be had without eigenvalues, the filter
-# carries that shortcut as f.matrix. identity: f = 1, all-pass (DM); low_pass: f = lambda (SRe2L, DC, CovM).
+# Filters f(FFC) = U f(Lambda) U^T: functions of the eigenvalues. Where f(FFC) can be had without eigenvalues, f carries
+# that shortcut as f.matrix. identity: f = 1, all-pass (DM); low_pass: f = lambda (SRe2L, DC, CovM).
 
 identity, low_pass = (lambda lam: torch.ones_like(lam)), (lambda lam: lam)
 identity.matrix = lambda psi: torch.eye(psi.shape[-1], dtype=psi.dtype, device=psi.device).expand_as(psi)
@@ -276,28 +236,21 @@ def ridge(alpha: float) -> Callable:
     tensor([1.0000, 0.1000])"""
     if not alpha > 0:
         raise ValueError(f"alpha must be > 0, found {alpha}")
-
-    def f(lam):
-        return 1 / (lam + alpha)
+    f = lambda lam: 1 / (lam + alpha)
     f.matrix, f.alpha = lambda psi: _Ridge.apply(psi, alpha), alpha
     return f
 
 
 def gradient_descent(eta: float | Tensor, p: int) -> tuple[Callable, Callable]:
-    """What p steps of gradient descent at rate eta leave of the start, f = (1 - eta lambda)^p, and what they learn,
-    f = eta sum_{i<p} (1 - eta lambda)^i = (1 - (1 - eta lambda)^p) / lambda, by Horner's rule: right at 0 too (MTT, Eq. 8).
-    Stable for eta * lambda <= 2. eta: a number, or [..., 1] for one a layer. ValueError unless eta > 0 and p >= 1.
+    """What p steps of gradient descent at rate eta leave of the start, f = (1 - eta lambda)^p, and what they learn (Eq.
+    8), f = eta sum_{i<p} (1 - eta lambda)^i = (1 - (1 - eta lambda)^p) / lambda, summed: right at 0 too. Stable for
+    eta * lambda <= 2. eta: a number, or [..., 1] for one a layer. ValueError unless eta > 0 and p >= 1.
     >>> [f(torch.tensor([0., 10.])).tolist() for f in gradient_descent(0.125, p=2)]
     [[1.0, 0.0625], [0.25, 0.09375]]"""
     if not (torch.as_tensor(eta > 0).all() and p >= 1 and p == int(p)):
         raise ValueError(f"eta must be > 0 and p a whole number >= 1, found eta = {eta}, p = {p}")
-
-    def learned(lam):
-        total = torch.zeros_like(lam)
-        for _ in range(p):
-            total = total * (1 - eta * lam) + eta
-        return total.to(lam.dtype)
-    return lambda lam: ((1 - eta * lam) ** p).to(lam.dtype), learned
+    return (lambda lam: ((1 - eta * lam) ** p).to(lam.dtype),
+            lambda lam: sum(eta * (1 - eta * lam) ** i for i in range(p)).to(lam.dtype))
 
 
 class _SpectralFilter(torch.autograd.Function):
@@ -319,20 +272,18 @@ class _SpectralFilter(torch.autograd.Function):
         lam, U = ctx.saved_tensors
         a, b = lam.unsqueeze(-1), lam.unsqueeze(-2)
         slope = torch.func.grad(lambda x: ctx.f(x).sum())  # f'
-        # Gamma_ij is the mean of f' between the two eigenvalues: a difference of f, or by Simpson's rule where they are
-        # so close that the rule's last correction is below the difference's rounding. Both must then agree within that
-        # rounding: f' can look alike at both ends and the middle and hide a narrow band or a step between them.
+        # Gamma_ij, the mean of f' between two eigenvalues: a difference of f, or by Simpson's rule where its last term
+        # is below that one's rounding, and both agree within it: f' can hide a narrow band or a step from the rule.
         ends, value, gap = slope(lam), ctx.f(lam), torch.where(a == b, 1, a - b)
         trapezoid = (ends.unsqueeze(-1) + ends.unsqueeze(-2)) / 2
-        middle = ((a + b) / 2).flatten(-2)                 # [..., C * C]: f may hold one number a layer, [L, 1]
-        correction = 2 / 3 * (slope(middle).view_as(trapezoid) - trapezoid)
+        middle = slope(((a + b) / 2).flatten(-2))          # [..., C * C]: f may hold one number a layer, [L, 1]
+        correction = 2 / 3 * (middle.view_as(trapezoid) - trapezoid)
         difference = (value.unsqueeze(-1) - value.unsqueeze(-2)) / gap
         unsure = value.abs() + (lam * ends).abs()          # f's own rounding, and that of its argument
         rounding = torch.finfo(lam.dtype).eps * (unsure.unsqueeze(-1) + unsure.unsqueeze(-2)) / gap.abs()
-        agree = (trapezoid + correction - difference).abs() <= 4 * rounding
-        close = (a == b) | (agree & (correction.abs() <= rounding))
+        agree = ((trapezoid + correction - difference).abs() <= 4 * rounding) & (correction.abs() <= rounding)
         with full_precision(G):
-            return U @ (torch.where(close, trapezoid + correction, difference) * (U.mT @ G @ U)) @ U.mT, None
+            return U @ (torch.where((a == b) | agree, trapezoid + correction, difference) * (U.mT @ G @ U)) @ U.mT, None
 
 
 class _Ridge(torch.autograd.Function):
@@ -359,11 +310,9 @@ class _Ridge(torch.autograd.Function):
 
 def spectral_filter(ffc: Tensor, f: Callable) -> Tensor:
     """f(Psi) = U diag(f(lambda)) U^T [..., C, C] for symmetric ffc and any differentiable f on the eigenvalues.
-
     By f.matrix where f has it, else by eigh. Differentiable in ffc, at repeated eigenvalues too (not in what f holds);
-    only its symmetric part counts. Twice differentiable, and open to vmap, with f.matrix; else PyTorch says that it is
-    not. Rounding can put a zero eigenvalue at -1e-8 of the largest, so f must be defined there too. ValueError unless
-    the last two axes are equal.
+    with f.matrix twice, and open to vmap, else an error says not. Only ffc's symmetric part counts. Rounding can put a
+    zero eigenvalue at -1e-8 of the largest: f must be defined there. ValueError unless the last two axes are equal.
     >>> spectral_filter(torch.diag(torch.tensor([1., 4.])), torch.sqrt).diagonal()
     tensor([1., 2.])"""
     if ffc.ndim < 2 or ffc.shape[-1] != ffc.shape[-2]:
@@ -375,20 +324,16 @@ def spectral_filter(ffc: Tensor, f: Callable) -> Tensor:
 
 def ridge_filter(ffc: Tensor, alpha: float) -> Tensor:
     """F = (Psi + alpha I)^-1 [..., C, C] (Eq. 18) by Cholesky, recover.py's main job. ValueError unless alpha > 0.
-
-    Relative errors against float64, CIFAR-10, ConvNet-128: F of the last convolution's real Psi (C = 128, lambda_max 3.1),
-    then F and the image gradient of CFM's loss for ten images, there and at the head (C = 2048, rank 9, lambda_max 14):
-        alpha                            1e-1   1e-2   1e-3   1e-4   1e-5   1e-6   1e-7   1e-8
-        float32, real F                  2e-7   1e-6   9e-6   2e-5   3e-5   3e-5   2e-5   3e-5
-        float32, F of ten images         1e-6   9e-6   7e-5   3e-4   4e-4   4e-4   4e-4   4e-4
-            gradient                     5e-6   4e-5   4e-4   1e-3   1e-3   1e-3   1e-3   1e-3
-        float32, F at the head           5e-7   6e-6   6e-5   6e-4   6e-3   6e-2   NaN    NaN
-            gradient                     1e-5   1e-4   1e-3   1e-2   0.14   1.7    NaN    NaN
-        bfloat16 features, F             4e-4   1e-3   4e-3   9e-3   1e-2   1e-2   1e-2   1e-2
-            gradient                     5e-3   1e-2   3e-2   5e-2   5e-2   5e-2   5e-2   5e-2
-    So in float32 alpha should not be below 1e-6 lambda_max where Psi is rank-deficient, as of few images. `matching` refuses
-    one below 1.2e-7 ||Psi||. A real side taken through a bfloat16 network is 0.1 to 0.35 % off in mean, FFC and FLC, and
-    F 0.03 to 0.07 % at alpha 0.1, 0.3 % at 1e-3.
+    Relative errors against float64, CIFAR-10, ConvNet-128: F of all images at the last convolution (C = 128, lambda_max
+    3); F and the gradient of CFM's loss of ten images at the head (C = 2048, rank 9, lambda_max 14), or there:
+        alpha                          1e-1   1e-2   1e-3   1e-4   1e-5   1e-6   1e-7   1e-8
+        float32, all: F                2e-7   1e-6   9e-6   2e-5   3e-5   3e-5   2e-5   3e-5
+        float32, ten, head: F          5e-7   6e-6   6e-5   6e-4   6e-3   6e-2   NaN    NaN
+        gradient                       1e-5   1e-4   1e-3   1e-2   0.14   1.7    NaN    NaN
+        bfloat16 features, ten: F      4e-4   1e-3   4e-3   9e-3   1e-2   1e-2   1e-2   1e-2
+        gradient                       5e-3   1e-2   3e-2   5e-2   5e-2   5e-2   5e-2   5e-2
+    Not below 1e-6 lambda_max in float32 where Psi is singular (few images); `matching` refuses 1.2e-7 ||Psi||, 1e-6 if
+    n <= C. A real side taken through a bfloat16 network is 0.1 to 0.35 % off in mean, FFC and FLC; F 0.3 % at 1e-3.
     >>> ridge_filter(torch.eye(2), alpha=0.25).diagonal()
     tensor([0.8000, 0.8000])"""
     return spectral_filter(ffc, ridge(alpha))
@@ -399,8 +344,7 @@ def ridge_filter(ffc: Tensor, alpha: float) -> Tensor:
 
 def alpha_schedule(k: int, T: int, alpha_max: float, kind: str = "cosine") -> float:
     """Eq. 18: alpha_k = alpha_max (1 + cos(pi k / T)) / 2 for k = 0 .. T-1, from alpha_max (low frequencies pass)
-    toward 0 (high ones do). kind: cosine, or the ablations linear, alpha_max (1 - k/T), and constant. ValueError
-    otherwise.
+    toward 0 (high ones do). kind: cosine, or linear, alpha_max (1 - k/T), or constant; else ValueError.
     >>> [alpha_schedule(k, T=2, alpha_max=0.1) for k in range(2)]
     [0.1, 0.05]"""
     if not 0 <= k < T or kind not in ("cosine", "linear", "constant"):
@@ -419,30 +363,27 @@ def cfm_pairs(alpha: float | None) -> list:
 def filtered(layers, pairs, signal="mean", centred=True, side=0):
     """(pairs, what each of them compares) for a stack of layers [Statistics, ...] of equal C: f(Psi) [L, C, C], its
     diagonal [L, C, 1], or f(Psi) Phi [L, C, K]. side: 0 real, 1 synthetic."""
-    stack = Statistics(0, *(None if parts[0] is None else torch.stack(parts) for parts in zip(*(a[1:] for a in layers))))
-    psi, phi = stack.ffc if centred else stack.uncentred, stack.mean.unsqueeze(-1)
+    stack = Statistics(0, *(None if x[0] is None else torch.stack(x) for x in list(zip(*layers))[1:]))
+    psi, phi, out, filters = stack.ffc if centred else stack.uncentred, stack.mean.unsqueeze(-1), [], {}
     if signal == "class":                                  # a class that is not there has share and flc 0
         phi = stack.flc / (stack.share * stack.share.shape[-1]).clamp(min=torch.finfo(psi.dtype).tiny).unsqueeze(-2)
-    pairs, filters, out = pairs(psi) if callable(pairs) else pairs, {}, []
+    pairs = pairs(psi) if callable(pairs) else pairs
     for g, *both in pairs:
         f = both[min(side, len(both) - 1)]
-        if f not in filters:                               # CFM's two pairs share one factorisation
-            filters[f] = spectral_filter(psi, f)
-        F = filters[f]
         if g not in ("I", "diag", "x"):
             raise ValueError(f"pairs: g must be I, diag or x, found {g!r}")
+        F = filters[f] = filters[f] if f in filters else spectral_filter(psi, f)      # CFM's two pairs share one
         out.append(F if g == "I" else F.diagonal(0, -2, -1)[..., None] if g == "diag" else F @ phi)
     return pairs, out
 
 
 def matching(real: dict, pairs: list | Callable, signal: str = "mean", centred: bool = True) -> Callable:
     """The objective: loss(layers, memory={}, step=None) -> sum over layers and pairs of
-        || f(Psi) g(Phi) - f_s(Psi_s) g(Phi_s) ||, not squared (Eq. 1, 19), of layers joined with memory.
-
-    real, layers, memory: {name: Statistics}. The real side is filtered once, here; layers of equal C go together. pairs:
-    (g, f), or (g, f_real, f_syn), or a function of a stack's real Psi [L, C, C] that gives them. g: "I" matches filters
-    f(Psi), "diag" their diagonals, "x" signals f(Psi) Phi. signal: Phi is the mean [C, 1], or with "class" [C, K] the
-    classes' means over K, whatever their sizes, of classes in the batch. centred: Psi is the covariance, else H^T H / n.
+        || f(Psi) g(Phi) - f_s(Psi_s) g(Phi_s) ||, not squared (Eq. 1, 19), of layers merged with memory.
+    real, layers, memory: {name: Statistics}. The real side is filtered once, here; layers of equal C go together.
+    pairs: (g, f), or (g, f_real, f_syn), or a function of a stack's real Psi [L, C, C] that gives them. g: "I" matches
+    filters f(Psi), "diag" their diagonals, "x" signals f(Psi) Phi. signal: Phi is the mean [C, 1], or with "class"
+    [C, K] the means over K of the batch's classes, whatever their sizes. centred: Psi is the covariance, else H^T H / n.
     ValueError if real is not finite or lacks classes, layers lack labels or are not real's, or alpha is too small.
     >>> X = torch.rand(20, 4)
     >>> matching({"fc": moments(X)}, cfm_pairs(0.1))({"fc": moments(X)})
@@ -450,7 +391,7 @@ def matching(real: dict, pairs: list | Callable, signal: str = "mean", centred: 
     stacks, targets, sharpest = {}, [], math.inf
     for name, layer in real.items():
         stacks.setdefault(len(layer.mean), []).append(name)
-        if not (layer.ffc.isfinite().all() and layer.mean.isfinite().all()):
+        if not layer.uncentred.isfinite().all():
             raise ValueError(f"real: the statistics of {name!r} are not finite")
         if signal not in ("mean", "class") or signal == "class" and (layer.flc is None or not layer.share.all()):
             raise ValueError(f"signal {signal!r}: must be mean, or class with images of every class in real[{name!r}]")
@@ -462,19 +403,18 @@ def matching(real: dict, pairs: list | Callable, signal: str = "mean", centred: 
     def loss(layers, memory=None, step=None):
         if layers.keys() != real.keys():
             raise ValueError(f"layers: {sorted(layers)} found, the real side has {sorted(real)}")
-        joined, total, one = join(memory, layers, step), 0, next(iter(layers.values()))
-        few = any(layer.count <= len(layer.mean) for layer in joined.values())      # Psi has a null space for sure
-        if sharpest < torch.finfo(one.ffc.dtype).eps * (8 if few else 1) or signal == "class" and one.share is None:
-            raise ValueError(f"alpha: {sharpest:.1e} of ||Psi|| is below what {one.ffc.dtype} resolves: raise it" if
-                             signal == "mean" or one.share is not None else "labels: signal 'class' needs moments with labels")
-        with full_precision(one.mean):
-            for names, (chosen, wanted) in zip(stacks.values(), targets):
+        joined, total, dtype = merge(memory, layers, step), 0, next(iter(layers.values())).mean.dtype
+        singular = any(layer.count <= len(layer.mean) for layer in joined.values())
+        if sharpest < torch.finfo(dtype).eps * (8 if singular else 1):
+            raise ValueError(f"alpha: {sharpest:.1e} of ||Psi|| is below what {dtype} resolves: raise alpha")
+        if signal == "class" and any(layer.share is None for layer in joined.values()):
+            raise ValueError("labels: signal 'class' needs moments with labels")
+        for names, (chosen, wanted) in zip(stacks.values(), targets):
+            with full_precision(wanted[0]):
                 found = filtered([joined[name] for name in names], chosen, signal, centred, 1)[1]
                 for (g, *_), a, b in zip(chosen, wanted, found):
-                    a = a.to(b.dtype)
-                    if g == "x" and signal == "class":
-                        here = torch.stack([layers[name].share for name in names]).unsqueeze(-2) > 0
-                        a, b = a * here, b * here
-                    total = total + torch.linalg.vector_norm(a - b, dim=(-2, -1)).sum()
+                    here = torch.stack([layers[name].share for name in names]).unsqueeze(-2) > 0 \
+                        if g == "x" and signal == "class" else 1
+                    total = total + torch.linalg.vector_norm((a.to(b.dtype) - b) * here, dim=(-2, -1)).sum()
         return total
     return loss

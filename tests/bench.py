@@ -173,7 +173,7 @@ def parity(folder, precision):
         with torch.no_grad(), spectral.collect_inputs(network, transform=spectral.moments) as layers:
             for k in range(ipc - 1):
                 network(load(k))
-                memory = spectral.join(memory, layers)
+                memory = spectral.merge(memory, layers)
         for emu, old in {"no": {}, "yes": memory}.items():
             if old or emu == "no":
                 values = cosines(network, load(ipc - 1), labels, real, old, alpha)

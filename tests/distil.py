@@ -5,7 +5,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from spectral import alpha_schedule, cfm_pairs, collect_inputs, join, matching, moments, real_statistics
+from spectral import alpha_schedule, cfm_pairs, collect_inputs, matching, merge, moments, real_statistics
 
 
 def views(images):
@@ -35,6 +35,6 @@ def from_real(network, images, labels, ipc, iterations=100, lr=0.1, alpha_max=0.
                 x.data.clamp_(low, high)
             with torch.no_grad():
                 network(views(x))
-            memory = join(memory, layers)
+            memory = merge(memory, layers)
         made.append(x.detach())
     return torch.stack(made)

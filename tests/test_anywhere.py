@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from conftest import ROOT
+import squeeze
 # Run in a process that sees spectral.py, torch and torchvision. A case: network, its input, select, further arguments.
 PROGRAM = '''
 import torch, torchvision.models as zoo
@@ -62,15 +64,30 @@ for name, (build, x, select, more) in CASES.items():
         print(f"{name:32s}works: {len(real)} layers, C = {widths[0]} to {widths[-1]}")
     except ValueError as error:
         print(f"{name:32s}refused: {error}")
+
+import distil
+network, (x, y) = convnet(nn.Conv2d, nn.AdaptiveAvgPool2d), torch.load("toy.pt")
+network = nn.Sequential(nn.Conv2d(3, 2, 1), network).eval()
+real, found = sp.real_statistics(network, [(x, y)], 3), []
+made = distil.from_real(network, x, y, ipc=2, iterations=40, lr=0.05, gamma=10.0)
+start = torch.stack([x[y == c][:2] for c in range(3)], 1)
+for images in (start, made):
+    with sp.collect_inputs(network, transform=sp.moments) as layers, torch.no_grad():
+        network(images.flatten(0, 1))
+    found.append(sp.matching(real, sp.cfm_pairs(0.1))(layers).item())
+print(f"{'distil.py':32s}{tuple(made.shape)}, loss {found[0]:.4g} -> {found[1]:.4g}")
 '''
 REFUSED = {"Swin-T, blocks": "layout: that of module 'features.1.0', SwinTransformerBlock",
            "TransformerEncoder, layers": "layout: that of module 'layers.0', TransformerEncoderLayer",
-           "TransformerEncoder, time first": "labels must be [B, K] with B = 5",
+           "TransformerEncoder, time first": "labels must be [B, K], B = 5",
            "GRU, time first": "layout: that of module '0', GRU"}
 
 
 def table(folder):
-    shutil.copy(ROOT / "spectral.py", folder)
+    for file in (ROOT / "spectral.py", ROOT / "tests/distil.py"):
+        shutil.copy(file, folder)
+    images, labels = squeeze.toy(20, 3, 0, size=16)
+    torch.save((images / 128 - 1, labels), folder / "toy.pt")
     done = subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, '.')\n{PROGRAM}"], cwd=folder,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -84,7 +101,10 @@ def found(tmp_path_factory):
 
 
 def test_architectures(found):
-    assert len(found) == 16
+    assert len(found) == 17
+    shape, losses = found.pop("distil.py").split(", loss ")    # two images of each class, nearer to the real spectra
+    before, after = map(float, losses.split(" -> "))
+    assert shape == "(2, 3, 3, 16, 16)" and after < 0.9 * before
     for name, outcome in found.items():
         assert outcome.startswith(f"refused: {REFUSED[name]}" if name in REFUSED else "works:"), (name, outcome)
 

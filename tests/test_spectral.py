@@ -299,7 +299,7 @@ def test_bad_arguments_raise_and_show_what_was_found(bad):
 def test_merge_with_a_step_is_the_mean_of_the_batches():
     batches, memory = [sp.moments(torch.randn(n, 7, **f64)) for n in (5, 9, 2, 30)], {}
     for b, seen in enumerate(batches, 1):
-        memory = sp.join(memory, {"x": seen}, b)
+        memory = sp.merge(memory, {"x": seen}, b)
     for found, parts in zip(memory["x"][1:3], list(zip(*batches))[1:3]):
         assert torch.allclose(found, torch.stack(parts).mean(0), atol=1e-14)
 
