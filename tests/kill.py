@@ -1,6 +1,6 @@
-"""By hand: SIGKILL every stage at random moments, twice in a row on one run, then let it go on to its end.
+"""By hand: SIGKILL every stage at a random moment, then in the middle of a random write, then let it go on to its end.
 
-    python tests/kill.py --rounds 13            8 kills a round, at 1 and 2 threads in turn
+    python tests/kill.py --rounds 14            up to 8 kills a round, at 1 and 2 threads in turn
 
 Prints how many runs ended with other bytes than an uninterrupted one: 0 is expected. Toy images, two of the stages'
 clocks made fast so that students leave checkpoints. Processes are forked, which saves loading PyTorch a thousand times.
@@ -37,12 +37,27 @@ STAGES = {
     "eval": (evaluation, [RUN, "--seeds", "2", "--epochs", "12"])}
 
 
-def start(stage, threads):
-    """The stage with --resume in a child process: its id."""
+def die_at(write):
+    """At the n-th flush of a file, leave half of a file that has no name yet, and die."""
+    real, count = os.fsync, [0]
+
+    def fsync(handle):
+        count[0] += 1
+        if count[0] == write:
+            if os.readlink(f"/proc/self/fd/{handle}").endswith((".pt.tmp", ".json.tmp")):
+                os.ftruncate(handle, os.fstat(handle).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(handle)
+    os.fsync = fsync
+
+
+def start(stage, threads, write=0):
+    """The stage with --resume in a child process: its id. write: the flush that it dies at."""
     child = os.fork()
     if child:
         return child
     torch.set_num_threads(threads)
+    die_at(write)
     few = lambda root, size, classes: (*(squeeze.Split(*squeeze.toy(40, 4, seed)) for seed in (0, 1)), list("abcd"))
     squeeze.LOADERS["toy"] = few
     evaluation.time = SimpleNamespace(time=lambda: 1000 * time.time())     # a checkpoint of the student every epoch
@@ -81,16 +96,15 @@ def reference(home, threads):
 
 
 def kill_twice(stage, home, threads, seconds):
-    """Whether the stage, killed twice at random moments, still ended; how many of the kills hit it at work."""
+    """Whether the stage, killed twice, still ended; how many of the kills hit it at work."""
     shutil.rmtree(home / "work")
     shutil.copytree(home / stage, home / "work")
     os.chdir(home / "work")
-    hits = 0
-    for _ in range(2):
-        child = start(stage, threads)
-        time.sleep(random.uniform(0, seconds))
-        os.kill(child, signal.SIGKILL)
-        hits += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    child = start(stage, threads)
+    time.sleep(random.uniform(0, seconds))
+    os.kill(child, signal.SIGKILL)
+    hits = os.WIFSIGNALED(os.waitpid(child, 0)[1]) + os.WIFSIGNALED(
+        os.waitpid(start(stage, threads, random.randint(1, 12)), 0)[1])
     return os.waitpid(start(stage, threads), 0)[1] == 0, hits
 
 
@@ -98,15 +112,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=13)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     args = parser.parse_args()
     random.seed(args.seed)
     home = Path(tempfile.mkdtemp())
-    wanted = {threads: reference(home / str(threads), threads) for threads in (1, 2)}
-    same = [stage for stage in STAGES if wanted[1][stage][0] == wanted[2][stage][0]]
-    print(f"same bytes with 1 and 2 threads: {', '.join(same) or 'none'}", flush=True)
+    wanted = {threads: reference(home / str(threads), threads) for threads in args.threads}
+    first, last = wanted[args.threads[0]], wanted[args.threads[-1]]
+    same = [stage for stage in STAGES if first[stage][0] == last[stage][0]]
+    print(f"same bytes with {args.threads} threads: {', '.join(same) or 'none'}", flush=True)
     kills = bad = 0
     for n in range(args.rounds):
-        threads = 1 + n % 2
+        threads = args.threads[n % len(args.threads)]
         for stage, (content, seconds) in wanted[threads].items():
             ended, hits = kill_twice(stage, home / str(threads), threads, seconds)
             kills += hits
@@ -116,6 +132,7 @@ def main():
         print(f"round {n + 1}/{args.rounds}: {kills} kills, {bad} runs that differ", flush=True)
     os.chdir("/")
     shutil.rmtree(home)
+    sys.exit(bad > 0)
 
 
 if __name__ == "__main__":

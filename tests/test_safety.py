@@ -1,0 +1,362 @@
+"""Nothing lost, nothing fooled: kills, full disks, damaged files, strangers' files, two processes at once."""
+import io
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+import recover
+import relabel
+import squeeze
+from conftest import ROOT, one_line
+from squeeze import BadInput
+
+UNIX = pytest.mark.skipif(squeeze.fcntl is None, reason="needs fcntl")
+
+
+class Evil:
+    """Pickles to a call that makes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+# ---- kills and disks
+
+@UNIX
+def test_killed_stages_end_with_the_same_bytes():
+    """One kill at a random moment and one in the middle of a write for each stage; tests/kill.py is the long form."""
+    done = subprocess.run([sys.executable, ROOT / "tests" / "kill.py", "--rounds", "1", "--threads", "1"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and " 0 runs that differ" in done.stdout, done.stdout + done.stderr
+
+
+def test_what_is_renamed_into_place_was_flushed(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, lambda *args, real=getattr(os, name), name=name: (calls.append(name), real(*args)))
+    squeeze.save(tmp_path / "a.pt", {"x": torch.zeros(3)})
+    assert calls[:2] == ["fsync", "replace"] and calls[2:] == (["fsync"] if squeeze.fcntl else [])
+
+
+@UNIX
+def test_a_full_disk_is_one_line_and_the_last_file_stays(tmp_path):
+    import resource
+
+    squeeze.save(tmp_path / "a.pt", {"x": torch.zeros(3)}), squeeze.save(tmp_path / "a.json", {"x": 1})
+    before, limits = (tmp_path / "a.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        for name, content in (("a.pt", {"x": torch.zeros(10**5)}), ("a.json", {"x": "x" * 10**5})):
+            one_line(lambda flags: squeeze.save(tmp_path / name, content), [], name, "cannot be written", "--resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "a.pt").read_bytes() == before and squeeze.read_json(tmp_path / "a.json") == {"x": 1}
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that even root cannot write to")
+def test_a_read_only_folder_is_one_line():
+    one_line(lambda flags: squeeze.open_run(Path("/proc/run"), "squeeze", {}, {}, False), [], "/proc/run", "cannot be made")
+    one_line(lambda flags: squeeze.log(Path("/proc"), epoch=1), [], "/proc/log.jsonl", "cannot be written")
+
+
+@UNIX
+def test_of_processes_started_at_once_exactly_one_goes_on(tmp_path):
+    gate, tell = os.pipe(), os.pipe()
+    children = []
+    for _ in range(6):
+        if not (child := os.fork()):
+            os.close(gate[1]), os.read(gate[0], 1)         # all wait for the gate to close
+            try:
+                squeeze.open_run(tmp_path / "run", "recover", {"a": 1}, {}, True)
+                os.write(tell[1], b"1")
+            except BadInput as error:
+                os.write(tell[1], b"0" if "another process is at work" in str(error) else b"?")
+            signal.pause()
+        children.append(child)
+    os.close(gate[0]), os.close(gate[1])
+    said = b"".join(os.read(tell[0], 1) for _ in children)
+    for child in children:
+        os.kill(child, signal.SIGKILL), os.waitpid(child, 0)
+    assert sorted(said) == sorted(b"100000")
+    assert squeeze.open_run(tmp_path / "run", "recover", {"a": 1}, {}, True)["settings"] == {"a": 1}   # killed: let go
+
+
+def test_a_run_killed_before_its_config_starts_anew(tmp_path):
+    (tmp_path / "config.json.tmp").write_text("{")
+    assert squeeze.open_run(tmp_path, "recover", {}, {}, False)["stage"] == "recover"
+
+
+def test_moved_data_can_be_named_anew(tmp_path):
+    for settings, fine in (({"data": "/old"}, True), ({"data": "/new"}, True), ({"data": "/new", "lr": 1}, False)):
+        if fine:
+            squeeze.open_run(tmp_path, "recover", settings, {"data": "hash"}, True)
+        else:
+            one_line(lambda flags: squeeze.open_run(tmp_path, "recover", settings, {}, True), [], "lr is 1 now")
+
+
+# ---- damaged files
+
+def test_no_flipped_byte_of_a_json_goes_unseen(tmp_path):
+    path, content = tmp_path / "result.json", {"convnet": {"averaged": 61.25, "seeds": {"0": [1, True, None]}}}
+    squeeze.save(path, content)
+    raw = path.read_bytes()
+    for i in range(len(raw)):
+        for bit in (1, 4, 32):
+            path.write_bytes(raw[:i] + bytes([raw[i] ^ bit]) + raw[i + 1:])
+            try:
+                assert squeeze.read_json(path)["convnet"] == content["convnet"]     # the flip hit a space
+            except BadInput as error:
+                assert "result.json: damaged: remove it" in str(error)
+    for cut in range(len(raw) - 1):
+        path.write_bytes(raw[:cut])
+        with pytest.raises(BadInput):
+            squeeze.read_json(path)
+
+
+def test_no_flipped_byte_of_a_state_goes_unseen(tmp_path):
+    path, content = tmp_path / "memory.pt", {"b": 3, "layers": {"0": torch.arange(300.0)}}
+    squeeze.save(path, content)
+    raw, seen = path.read_bytes(), 0
+    for i in [*range(0, len(raw), 13), *range(len(raw) - 60, len(raw))]:
+        path.write_bytes(raw[:i] + bytes([raw[i] ^ 16]) + raw[i + 1:])
+        try:
+            found = squeeze.load_state(path)               # padding between the zip's entries
+            assert found["b"] == 3 and torch.equal(found["layers"]["0"], content["layers"]["0"])
+        except BadInput as error:
+            seen += "memory.pt: damaged" in str(error)
+    assert seen > len(raw) / 13 * 0.6
+    for tenth in range(10):
+        path.write_bytes(raw[:len(raw) * tenth // 10])
+        one_line(lambda flags: squeeze.load_state(path), [], "memory.pt", "damaged", "remove it")
+
+
+def test_artefacts_cut_at_every_tenth(here):
+    recover.main(["--iterations", "0", "--ipc", "2"])
+    run = Path("runs/toy-convnet/real-ipc2")
+    relabel.main([str(run), "--epochs", "2"])
+    uses = {run / "images.pt": lambda flags: relabel.load_run(run),
+            run / "labels" / "soft_labels.npy": lambda flags: evaluation.main([str(run), "--seeds", "1"]),
+            Path("runs/toy-convnet/teacher.pt"): lambda flags: squeeze.load_teacher("runs/toy-convnet", "cpu"),
+            run / "config.json": lambda flags: relabel.load_run(run),
+            run / "labels" / "config.json": lambda flags: evaluation.main([str(run), "--seeds", "1"])}
+    for path, use in uses.items():
+        raw = path.read_bytes()
+        for tenth in range(10) if path.suffix != ".npy" else (3, 9):
+            path.write_bytes(raw[:len(raw) * tenth // 10])
+            one_line(use, [], path.name, "remove")
+        path.write_bytes(raw)
+
+
+def test_labels_of_a_killed_run_are_taken_up_to_the_first_damaged_one(here):
+    recover.main(["--iterations", "0", "--ipc", "2"])
+    run = Path("runs/toy-convnet/real-ipc2")
+    relabel.main([str(run), "--epochs", "6", "--top-k", "2"])
+    folder, names = run / "labels", ("soft_labels.npy", "top_classes.npy")
+    whole = [(folder / name).read_bytes() for name in names]
+    assert relabel.epochs_done([folder / name for name in names]) == 6
+    config = squeeze.read_json(folder / "config.json")
+    squeeze.save(folder / "config.json", {**config, "artefacts": {}, "results": {}})
+    raw = bytearray(whole[1])
+    raw[128 + 3 * 8 * 2 * 2] ^= 1                          # in epoch 4
+    (folder / names[1]).write_bytes(raw)
+    assert relabel.epochs_done([folder / name for name in names]) == 3
+    relabel.main([str(run), "--epochs", "6", "--top-k", "2", "--resume"])
+    assert [(folder / name).read_bytes() for name in names] == whole
+
+
+# ---- strangers' files
+
+def test_hostile_pickles_run_no_code(tmp_path, monkeypatch):
+    evil, made = Evil(tmp_path / "made"), tmp_path / "made"
+    torch.save({"state_dict": evil}, tmp_path / "evil.pt")
+    one_line(lambda flags: squeeze.load_state(tmp_path / "evil.pt"), [], "evil.pt", "holds more than tensors")
+    monkeypatch.chdir(tmp_path)
+    one_line(squeeze.main, ["--teacher", "evil.pt"], "evil.pt", "not a readable state dict")
+    np.save("soft_labels.npy", np.array([evil], object), allow_pickle=True)
+    one_line(lambda flags: relabel.check_labels(Path(), dict(keep_epochs=1, top_k=None), 1, 1), [], "soft_labels.npy")
+    folder = Path("data/cifar-10-batches-py")
+    folder.mkdir(parents=True)
+    for name in ("batches.meta", "data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"):
+        (folder / name).write_bytes(pickle.dumps({"label_names": evil, "data": evil}, protocol=0))
+    one_line(lambda flags: squeeze.load_data("cifar10", "data"), [], "batches.meta", "hostile", "remove it")
+    assert not made.exists()
+    pickle.loads((folder / "batches.meta").read_bytes())
+    assert made.exists()                                   # it was a live one
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_plain_pickles_of_all_ages_are_read(protocol):
+    content = {"data": np.arange(12, dtype=np.uint8).reshape(3, 4), "labels": [1, 2], "b": b"\xff", "n": np.int64(7),
+               "more": np.array([3, 4])}
+    raw = pickle.dumps(content, protocol=protocol)
+    for text in (raw, raw.replace(b"numpy._core", b"numpy.core") if protocol < 4 else raw):
+        found = squeeze.Plain(io.BytesIO(text), encoding="latin1").load()
+        assert np.array_equal(found["data"], content["data"]) and found["data"].dtype == np.uint8
+        assert found["labels"] == [1, 2] and found["n"] == 7 and found["more"].tolist() == [3, 4] and found["b"] == b"\xff"
+    python2 = b"\x80\x02}U\x04dataU\x02\xfe\xffs."         # its strings come as latin1
+    assert squeeze.Plain(io.BytesIO(python2), encoding="latin1").load() == {"data": "\xfe\xff"}
+
+
+def test_pickles_that_claim_memory_or_pointers_are_refused():
+    array = np.arange(3, dtype=np.uint8).__reduce__()[2]
+    for state in ((*array[:1], (10**15,), *array[2:]), (array[0], (1,), np.dtype("O"), False, [1])):
+        class Claim:
+            def __reduce__(self):
+                return np.ndarray.__reduce__(np.zeros(1))[0], (np.ndarray, (10**15,), b"b"), state
+        with pytest.raises(Exception):
+            squeeze.Plain(io.BytesIO(pickle.dumps(Claim(), protocol=2)), encoding="latin1").load()
+
+
+def test_a_pt_that_claims_more_than_it_brings_is_refused(tmp_path):
+    torch.save({"x": torch.zeros(10**6)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as whole, \
+            zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as bomb, zipfile.ZipFile(tmp_path / "c.pt", "w") as liar:
+        for part in whole.infolist():
+            raw = whole.read(part)
+            bomb.writestr(part.filename, raw)
+            liar.writestr(part.filename, raw[:100] if part.filename.endswith("data/0") else raw)
+    assert (tmp_path / "b.pt").stat().st_size < 20000
+    for name in ("b.pt", "c.pt"):
+        one_line(lambda flags: squeeze.load_state(tmp_path / name), [], name, "damaged")
+
+
+def test_images_that_do_not_fit_are_refused(here):
+    recover.main(["--iterations", "0", "--ipc", "2"])
+    run = Path("runs/toy-convnet/real-ipc2")
+    config, content = squeeze.read_json(run / "config.json"), torch.load(run / "images.pt", weights_only=True)
+    images, labels = content["images"], content["labels"]
+    assert relabel.fits(content, 32)
+    bad = [{"images": images.float() * math.nan}, {"images": images[:, :1]}, {"images": images[..., :31]}, {"images": 1},
+           {"images": torch.zeros(1, dtype=torch.uint8).expand(10**9, 3, 32, 32)}, {"labels": labels.float()},
+           {"labels": labels - 1}, {"labels": labels + 1}, {"labels": labels[:-1]}, {"classes": ["a"] * 4},
+           {"classes": [1, 2, 3, 4]}, {"classes": ["a", "b", "c", ""]}, {"mean": [math.nan] * 3}, {"std": [0.0] * 3},
+           {"mean": [0.5]}, {"precision": "float16"}]
+    for change in bad:
+        assert not relabel.fits({**content, **change}, 32), change
+    for forged in ({**content, **bad[0]}, images, [content]):
+        squeeze.save(run / "images.pt", forged)
+        squeeze.finish_run(run, config, ["images.pt"])     # the stranger's config vouches for it
+        one_line(evaluation.main, [run], "images.pt", "make it again")
+
+
+def test_labels_that_do_not_fit_are_refused(tmp_path):
+    s, fine = dict(keep_epochs=2, top_k=None), np.zeros((2, 8, 4), np.float16)
+    holed = fine.copy()
+    holed[1, 2, 3] = math.nan
+    for bad in (holed, fine + np.float16(math.inf), fine[:1], fine.astype(np.float32), fine[..., :3]):
+        np.save(tmp_path / "soft_labels.npy", bad)
+        one_line(lambda flags: relabel.check_labels(tmp_path, s, 8, 4), [], "soft_labels.npy", "remove")
+    np.save(tmp_path / "soft_labels.npy", fine)
+    relabel.check_labels(tmp_path, s, 8, 4)
+    np.save(tmp_path / "soft_labels.npy", fine[..., :3]), np.save(tmp_path / "top_classes.npy", np.full((2, 8, 2), 4, np.int16))
+    one_line(lambda flags: relabel.check_labels(tmp_path, {**s, "top_k": 2}, 8, 4), [], "top_classes.npy")
+
+
+NAMES = ["../../x", "/etc/passwd", "..", ".", "a/b", "a\\b", "con", "COM1.txt", "Great White", " lead", "trail.", "Cat", "cat",
+         "CAT", "it's \"so\"", "Straße", "猫", "100%", "%41", "A", "a:b|c?*<>", "tab\tnew\nline", "-rf", "é", "e\u0301"]
+
+
+def test_class_names_survive_the_way_out_and_back(tmp_path, monkeypatch):
+    folders = squeeze.folder_names(NAMES)
+    assert len({name.lower() for name in folders}) == len(NAMES)           # also where case does not count
+    for name in folders:
+        assert name.isascii() and not set(name) & set('/\\:*?"<>|\t\n') and name not in ("", ".", "..")
+        assert name == name.strip(" .") and not name.lower().startswith(("con", "com1"))
+    assert squeeze.folder_names(["layout0-rows", "n01440764", "sea lion"]) == ["layout0-rows", "n01440764", "sea lion"]
+    monkeypatch.chdir(tmp_path)
+    few = lambda root, size, classes: (*(squeeze.Split(*squeeze.toy(4, len(NAMES), seed)) for seed in (0, 1)), NAMES)
+    monkeypatch.setitem(squeeze.LOADERS, "toy", few)
+    squeeze.main(["--epochs", "1", "--precision", "float32"])
+    teacher, = Path("runs").iterdir()
+    recover.main(["--teacher", str(teacher), "--ipc", "2", "--iterations", "0"])
+    before = sorted(path for path in tmp_path.rglob("*") if "back" not in path.parts)
+    evaluation.main([str(teacher / "real-ipc2"), "--export", "back"])
+    assert sorted(path for path in tmp_path.rglob("*") if "back" not in path.parts) == before
+    relabel.main([str(teacher), "--images", "back", "--epochs", "1"])
+    contents = [torch.load(teacher / run / "images.pt", weights_only=True) for run in ("real-ipc2", "back")]
+    assert torch.equal(contents[0]["images"], contents[1]["images"]) and contents[1]["classes"] == NAMES
+    (tmp_path / "raw" / "Great White").mkdir(parents=True)               # a folder made by others: plain names do as well
+    shutil.copytree("back", "raw", dirs_exist_ok=True)
+    Path("raw/a%2Fb").rename("raw/not known")
+    one_line(relabel.main, [teacher, "--images", "raw"], "'not known'", "none of the teacher's")
+
+
+def test_messages_are_one_line_whatever_they_quote():
+    assert str(BadInput("class 'a\nb\x1b[2J\udc80'")) == "class 'a?b?[2J?'"
+
+
+# ---- numbers
+
+def test_dull_data_stays_finite(tmp_path, monkeypatch):
+    """All-equal images, one class a batch: every FFC is of rank 0 on the way in, and channels are constant."""
+    monkeypatch.chdir(tmp_path)
+    dull = squeeze.Split(torch.full((8, 3, 32, 32), 7, dtype=torch.uint8), torch.arange(8) % 2)
+    monkeypatch.setitem(squeeze.LOADERS, "toy", lambda root, size, classes: (dull, dull, ["a", "b"]))
+    squeeze.main(["--classes", "2", "--epochs", "1", "--precision", "float32"])
+    teacher, = Path("runs").iterdir()
+    recover.main(["--teacher", str(teacher), "--ipc", "2", "--iterations", "3", "--batch", "1"])
+    run, = teacher.glob("cfm-*")
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert len(lines) == 4 and all(math.isfinite(line["ce"]) and math.isfinite(line["matching"]) for line in lines)
+
+
+# ---- the same again
+
+def test_relabel_does_not_depend_on_the_batch(here):
+    """Views are bitwise the same; logits of a convolution part by its blocking, less than float16 of the labels sees."""
+    images = squeeze.toy(10, 4, 0)[0]
+    network, teacher, _ = squeeze.load_teacher("runs/toy-convnet", torch.device("cpu"))
+    views = relabel.draw_views(0, 0, 40, 32, 0.08)
+    logits = [torch.cat(list(relabel.soft_labels(network, teacher, images, views, batch))) for batch in (1, 7, 40)]
+    for other in logits[1:]:
+        assert (other - logits[0]).abs().max() < 1e-5 * logits[0].abs().max()
+
+
+def test_a_clone_elsewhere_makes_the_same_bytes(tmp_path, monkeypatch):
+    few = lambda root, size, classes: (*(squeeze.Split(*squeeze.toy(20, 4, seed)) for seed in (0, 1)), list("abcd"))
+    monkeypatch.setitem(squeeze.LOADERS, "toy", few)
+    made = []
+    for place in ("a", "another place"):
+        (tmp_path / place).mkdir()
+        monkeypatch.chdir(tmp_path / place)
+        squeeze.main(["--classes", "4", "--epochs", "1"])
+        teacher, = Path("runs").iterdir()
+        recover.main(["--teacher", str(teacher), "--ipc", "2", "--iterations", "3"])
+        run, = teacher.glob("cfm-*")
+        evaluation.main([str(run), "--seeds", "1", "--epochs", "3"])
+        row, = squeeze.read_json(run / "result.json").values()
+        made.append([(teacher / "teacher.pt").read_bytes(), (teacher / "statistics.pt").read_bytes(),
+                     (run / "images.pt").read_bytes(), (run / "labels" / "soft_labels.npy").read_bytes(),
+                     row["averaged"], row["raw"]])
+    assert made[0] == made[1]
+
+
+def test_precisions_do_not_mix(here):
+    recover.main(["--iterations", "0", "--ipc", "2"])
+    run = Path("runs/toy-convnet/real-ipc2")
+    config = squeeze.read_json(run / "config.json")
+    assert config["settings"]["precision"] == "float32"
+    squeeze.save(run / "config.json", {**config, "settings": {**config["settings"], "precision": "bfloat16"}})
+    one_line(recover.main, ["--iterations", "0", "--ipc", "2", "--resume"], "precision is 'float32' now and was 'bfloat16'")
+    squeeze.save(run / "config.json", config)
+    evaluation.main([str(run), "--seeds", "1", "--epochs", "2"])
+    result = squeeze.read_json(run / "result.json")
+    row, = result.values()
+    row["settings"]["precision"] = "bfloat16"
+    squeeze.save(run / "result.json", result)
+    one_line(evaluation.main, [run, "--seeds", "1", "--resume"], "result.json", "other labels, images or settings")
