@@ -55,6 +55,7 @@ def cuda(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     monkeypatch.setattr(torch.autograd, "grad", lambda loss, x: [torch.zeros_like(x) + loss])
     monkeypatch.setattr(torch.Tensor, "item", lambda self: 1.0)
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: True)
     monkeypatch.setattr(nn.Module, "to", lambda self, *args, **kw: self)
     monkeypatch.setattr(torch.optim.swa_utils, "deepcopy", on_cuda)
     monkeypatch.setattr(squeeze, "build_network", built)
@@ -89,11 +90,13 @@ def test_training(cuda, augment):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("signal, emu, centred", [("mean", "pool", True), ("class", "paper", True), ("class", "pool", False)])
+@pytest.mark.parametrize("signal, emu, centred", [("mean", "pool", True), ("class", "paper", True),
+                                                  ("class", "pool", False)])
 def test_statistics_and_recover(cuda, folded, signal, emu, centred):
     network = on_cuda(folded)
     found = squeeze.gather_statistics(network, data_on(cuda), TEACHER, 4)
-    real = {name: spectral.Statistics(**layer).to(cuda) for name, layer in found["layers"].items() if name != found["head"]}
+    real = {name: spectral.Statistics(**layer).to(cuda) for name, layer in found["layers"].items()
+            if name != found["head"]}
     args = Namespace(iterations=2, lr=0.1, gamma=0.1, emu=emu, centred=centred, signal=signal, filter="cfm", ipc=2,
                      alpha_max=0.1, schedule="cosine", loss="both")
     job = Namespace(network=network, teacher=TEACHER, select=spectral.is_main_convolution, report=lambda *args: None,
