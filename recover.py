@@ -48,7 +48,7 @@ def random_views(rng, T, B, size, device):
 
 def optimise(images, losses, view, teacher, args, report):
     """T Adam steps on uint8 images [B, 3, S, S]; returns what they became. losses(x): cross-entropy and matching
-    loss of a view; view(images, t); report(t, cross-entropy, matching): every 100 iterations and after the last."""
+    loss of a view; view(images, t); report(t, cross-entropy, matching, pixels finite): every 100 iterations and after the last."""
     T, levels = args.iterations, torch.tensor([0, 255], dtype=torch.uint8, device=images.device).view(2, 1, 1, 1)
     black, white = squeeze.normalise(levels.expand(2, 3, 1, 1), teacher["mean"], teacher["std"]).split(1)
     images = squeeze.normalise(images, teacher["mean"], teacher["std"]).requires_grad_()
@@ -61,7 +61,7 @@ def optimise(images, losses, view, teacher, args, report):
         with torch.no_grad():
             images.clamp_(black, white)
         if t % 100 == 99 or t == T - 1:                    # reading a loss waits for the GPU
-            report(t + 1, entropy.item(), matching.item())
+            report(t + 1, entropy.item(), matching.item(), images.isfinite().all().item())
     return to_uint8(images.detach(), teacher)
 
 
@@ -105,6 +105,7 @@ def make_batch(job, args, images, classes, memory, rng):
                 return F.cross_entropy(logits.float(), classes), job.matching(layers, old, step)
             except ValueError as error:                    # an alpha that few feature vectors do not resolve
                 raise BadInput(f"--alpha-max (or --beta): {error}") from error
+        job.layers = layers
         images = optimise(images, losses, views(args.iterations), job.teacher, args, job.report)
         if args.emu != "off":
             seen = view_statistics(images, job.network, layers, views(min(10, args.iterations)), job.teacher, args)
@@ -169,13 +170,18 @@ def distil(job, args):
     memory, total = resumed(job.folder, device), args.ipc * len(chunks)
     done, start, before = memory["b"], time.time(), memory["seconds"]
 
-    def report(t, entropy, matching):                      # b and k are the loop's
+    def report(t, entropy, matching, pixels):              # b and k are the loop's
         rate = ((b - done) * args.iterations + t) / (time.time() - start)
         left = ((total - b) * args.iterations - t) / rate
         print(f"round {k + 1}/{args.ipc} batch {b + 1}/{total} iteration {t}/{args.iterations}  CE {entropy:.3f}  "
               f"matching {matching:.4g}  {rate:.1f} it/s  {left / 60:.1f} min left", flush=True)
-        if not math.isfinite(entropy + matching):
-            raise BadInput(f"{job.folder}: the loss is not finite in batch {b + 1}: lower --lr or raise --alpha-max")
+        if not (math.isfinite(entropy + matching) and pixels):
+            broken = [name for name, layer in job.layers.items() if not (layer.mean + layer.ffc).isfinite().all()]
+            what = [word for word, fine in (("cross-entropy", math.isfinite(entropy)), ("pixels", pixels),
+                                            ("matching loss", math.isfinite(matching))) if not fine]
+            raise BadInput(f"{job.folder}: {', '.join(what)} not finite in batch {b + 1} by iteration {t}, first in layer "
+                           f"{broken[0] if broken else '(none: a filter)'}: lower --lr or raise --alpha-max; --resume "
+                           f"keeps the {b} batches before")
         if t == args.iterations:
             squeeze.log(job.folder, batch=b + 1, round=k, ce=entropy, matching=matching)
     job.report = report

@@ -360,3 +360,23 @@ def test_precisions_do_not_mix(here):
     row["settings"]["precision"] = "bfloat16"
     squeeze.save(run / "result.json", result)
     one_line(evaluation.main, [run, "--seeds", "1", "--resume"], "result.json", "other labels, images or settings")
+
+
+@pytest.mark.parametrize("where, words", [("pixels", "pixels, matching loss not finite in batch 2 by iteration 3"),
+                                          ("layer", "first in layer 1.0")])
+def test_what_turns_non_finite_is_named_and_the_last_good_batch_kept(here, monkeypatch, where, words):
+    make, normalise = recover.make_batch, torch.Tensor.clamp_
+
+    def broken(job, args, images, classes, memory, rng):
+        if memory["b"] == 1 and where == "pixels":
+            monkeypatch.setattr(torch.Tensor, "clamp_", lambda self, *a: self.fill_(math.nan))
+        if memory["b"] == 1 and where == "layer":
+            job.network[0][0].weight.data[:] = math.nan
+        return make(job, args, images, classes, memory, rng)
+    flags = ["--iterations", "3", "--ipc", "3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(recover, "make_batch", broken)
+        one_line(recover.main, flags, "not finite", words, "--resume keeps the 1 batches before")
+    monkeypatch.setattr(torch.Tensor, "clamp_", normalise)
+    recover.main([*flags, "--resume"])
+    assert Path("runs/toy-convnet/cfm-ipc3-iterations3/images.pt").is_file()
