@@ -16,6 +16,8 @@ loss)  (Eq. 19-20).
 Writes runs/<dataset>-<network>/<run>/ with images.pt, preview.png, config.json and log.jsonl. Baselines run through the
 same loop (baselines.py).
 """
+import contextlib
+import copy
 import math
 import time
 import zlib
@@ -46,9 +48,9 @@ def random_views(rng, T, B, size, device):
     return view
 
 
-def optimise(images, losses, view, teacher, args, report):
+def optimise(images, losses, view, teacher, args, report, every=100):
     """T Adam steps on uint8 images [B, 3, S, S]; returns what they became. losses(x): cross-entropy and matching
-    loss of a view; view(images, t); report(t, cross-entropy, matching, pixels finite): every 100 iterations and after the last."""
+    loss of a view; view(images, t); report(t, cross-entropy, matching, pixels finite): `every` steps, at the end."""
     T, levels = args.iterations, torch.tensor([0, 255], dtype=torch.uint8, device=images.device).view(2, 1, 1, 1)
     black, white = squeeze.normalise(levels.expand(2, 3, 1, 1), teacher["mean"], teacher["std"]).split(1)
     images = squeeze.normalise(images, teacher["mean"], teacher["std"]).requires_grad_()
@@ -60,7 +62,7 @@ def optimise(images, losses, view, teacher, args, report):
         optimizer.step()
         with torch.no_grad():
             images.clamp_(black, white)
-        if t % 100 == 99 or t == T - 1:                    # reading a loss waits for the GPU
+        if t % every == every - 1 or t == T - 1:           # reading a loss waits for the GPU
             report(t + 1, entropy.item(), matching.item(), images.isfinite().all().item())
     return to_uint8(images.detach(), teacher)
 
@@ -106,7 +108,7 @@ def make_batch(job, args, images, classes, memory, rng):
             except ValueError as error:                    # an alpha that few feature vectors do not resolve
                 raise BadInput(f"--alpha-max (or --beta): {error}") from error
         job.layers = layers
-        images = optimise(images, losses, views(args.iterations), job.teacher, args, job.report)
+        images = optimise(images, losses, views(args.iterations), job.teacher, args, job.report, job.every)
         if args.emu != "off":
             seen = view_statistics(images, job.network, layers, views(min(10, args.iterations)), job.teacher, args)
             memory["layers"] = spectral.merge(old, seen, step)
@@ -176,6 +178,8 @@ def distil(job, args):
         print(f"round {k + 1}/{args.ipc} batch {b + 1}/{total} iteration {t}/{args.iterations}  CE {entropy:.3f}  "
               f"matching {matching:.4g}  {rate:.1f} it/s  {left / 60:.1f} min left", flush=True)
         if not (math.isfinite(entropy + matching) and pixels):
+            if job.every > 1:
+                raise FloatingPointError
             broken = [name for name, layer in job.layers.items() if not (layer.mean + layer.ffc).isfinite().all()]
             what = [word for word, fine in (("cross-entropy", math.isfinite(entropy)), ("pixels", pixels),
                                             ("matching loss", math.isfinite(matching))) if not fine]
@@ -192,7 +196,11 @@ def distil(job, args):
         if args.iterations:
             if b == done or b % len(chunks) == 0:          # the real side is constant within a round
                 job.matching = spectral.matching(job.real, job.pairs_of(k), args.signal, args.centred)
-            images = make_batch(job, args, images.to(device), classes.to(device), memory, rng).cpu()
+            for job.every in (100, 1):                     # once more, to see which iteration, term and layer it was
+                with contextlib.suppress(FloatingPointError):
+                    images = make_batch(job, args, images.to(device), classes.to(device), memory,
+                                        copy.deepcopy(rng)).cpu()
+                    break
         pixels = images.numpy().tobytes()
         with squeeze.writing(job.folder / "images.raw", "r+b" if b else "wb") as file:   # flushed before it is counted
             file.seek(memory["bytes"])

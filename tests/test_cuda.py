@@ -99,7 +99,7 @@ def test_statistics_and_recover(cuda, folded, signal, emu, centred):
             if name != found["head"]}
     args = Namespace(iterations=2, lr=0.1, gamma=0.1, emu=emu, centred=centred, signal=signal, filter="cfm", ipc=2,
                      alpha_max=0.1, schedule="cosine", loss="both")
-    job = Namespace(network=network, teacher=TEACHER, select=spectral.is_main_convolution, report=lambda *args: None,
+    job = Namespace(network=network, teacher=TEACHER, select=spectral.is_main_convolution, report=lambda *args: None, every=100,
                     matching=spectral.matching(real, recover.cfm_pairs(0, args), signal, centred))
     memory, rng = dict(b=0, layers={}), np.random.default_rng(0)
     for memory["b"] in range(2):

@@ -362,8 +362,8 @@ def test_precisions_do_not_mix(here):
     one_line(evaluation.main, [run, "--seeds", "1", "--resume"], "result.json", "other labels, images or settings")
 
 
-@pytest.mark.parametrize("where, words", [("pixels", "pixels, matching loss not finite in batch 2 by iteration 3"),
-                                          ("layer", "first in layer 1.0")])
+@pytest.mark.parametrize("where, words", [("pixels", "pixels not finite in batch 2 by iteration 1,"),
+                                          ("layer", "batch 2 by iteration 1, first in layer 1.0")])
 def test_what_turns_non_finite_is_named_and_the_last_good_batch_kept(here, monkeypatch, where, words):
     make, normalise = recover.make_batch, torch.Tensor.clamp_
 
