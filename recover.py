@@ -48,11 +48,12 @@ def random_views(rng, T, B, size, device):
     return view
 
 
-def optimise(images, losses, view, teacher, args, report, every=100):
+def optimise(images, losses, view, args, job):
     """T Adam steps on uint8 images [B, 3, S, S]; returns what they became. losses(x): cross-entropy and matching
-    loss of a view; view(images, t); report(t, cross-entropy, matching, pixels finite): `every` steps, at the end."""
-    T, levels = args.iterations, torch.tensor([0, 255], dtype=torch.uint8, device=images.device).view(2, 1, 1, 1)
-    black, white = squeeze.normalise(levels.expand(2, 3, 1, 1), teacher["mean"], teacher["std"]).split(1)
+    loss of a view; view(images, t); job.report(t, cross-entropy, matching, pixels finite): each job.every steps."""
+    teacher, T = job.teacher, args.iterations
+    levels = torch.tensor([0, 255], dtype=torch.uint8, device=images.device).view(2, 1, 1, 1).expand(2, 3, 1, 1)
+    black, white = squeeze.normalise(levels, teacher["mean"], teacher["std"]).split(1)
     images = squeeze.normalise(images, teacher["mean"], teacher["std"]).requires_grad_()
     optimizer = torch.optim.Adam([images], args.lr, betas=(0.5, 0.9))
     for t in range(T):
@@ -62,8 +63,8 @@ def optimise(images, losses, view, teacher, args, report, every=100):
         optimizer.step()
         with torch.no_grad():
             images.clamp_(black, white)
-        if t % every == every - 1 or t == T - 1:           # reading a loss waits for the GPU
-            report(t + 1, entropy.item(), matching.item(), images.isfinite().all().item())
+        if (t + 1) % job.every == 0 or t == T - 1:         # reading a loss waits for the GPU
+            job.report(t + 1, entropy.item(), matching.item(), images.isfinite().all().item())
     return to_uint8(images.detach(), teacher)
 
 
@@ -108,7 +109,7 @@ def make_batch(job, args, images, classes, memory, rng):
             except ValueError as error:                    # an alpha that few feature vectors do not resolve
                 raise BadInput(f"--alpha-max (or --beta): {error}") from error
         job.layers = layers
-        images = optimise(images, losses, views(args.iterations), job.teacher, args, job.report, job.every)
+        images = optimise(images, losses, views(args.iterations), args, job)
         if args.emu != "off":
             seen = view_statistics(images, job.network, layers, views(min(10, args.iterations)), job.teacher, args)
             memory["layers"] = spectral.merge(old, seen, step)
@@ -158,6 +159,26 @@ def resumed(folder, device):
     return memory
 
 
+def store(folder, memory, images, seconds):
+    """Put a finished batch's images behind those before it, and count it in memory.pt once they are on the disk."""
+    pixels = images.numpy().tobytes()
+    with squeeze.writing(folder / "images.raw", "r+b" if memory["b"] else "wb") as file:
+        file.seek(memory["bytes"])
+        file.write(pixels)
+    memory.update(b=memory["b"] + 1, bytes=memory["bytes"] + len(pixels), crc=zlib.crc32(pixels, memory["crc"]),
+                  seconds=seconds)
+    layers = {name: tuple(layer) for name, layer in memory["layers"].items()}
+    squeeze.save(folder / "memory.pt", {**memory, "layers": layers})
+
+
+def what_broke(job, entropy, matching, pixels):
+    """In words: which terms are not finite, and the first layer whose statistics are not."""
+    terms = dict(cross_entropy=math.isfinite(entropy), matching=math.isfinite(matching), pixels=pixels)
+    layers = [name for name, layer in job.layers.items() if not (layer.mean + layer.ffc).isfinite().all()]
+    return (", ".join(term for term, fine in terms.items() if not fine) + " not finite, first in layer "
+            + (layers[0] if layers else "(none: a filter)"))
+
+
 def distil(job, args):
     """Make all batches of a run, round by round. A finished one goes to images.raw at once, and memory.pt says how many
     there are and holds the EMU: a killed run goes on with the next batch, and memory does not grow with IPC.
@@ -180,12 +201,8 @@ def distil(job, args):
         if not (math.isfinite(entropy + matching) and pixels):
             if job.every > 1:
                 raise FloatingPointError
-            broken = [name for name, layer in job.layers.items() if not (layer.mean + layer.ffc).isfinite().all()]
-            what = [word for word, fine in (("cross-entropy", math.isfinite(entropy)), ("pixels", pixels),
-                                            ("matching loss", math.isfinite(matching))) if not fine]
-            raise BadInput(f"{job.folder}: {', '.join(what)} not finite in batch {b + 1} by iteration {t}, first in layer "
-                           f"{broken[0] if broken else '(none: a filter)'}: lower --lr or raise --alpha-max; --resume "
-                           f"keeps the {b} batches before")
+            raise BadInput(f"{job.folder}: {what_broke(job, entropy, matching, pixels)} in batch {b + 1} by iteration "
+                           f"{t}: lower --lr or raise --alpha-max; --resume keeps the {b} batches before")
         if t == args.iterations:
             squeeze.log(job.folder, batch=b + 1, round=k, ce=entropy, matching=matching)
     job.report = report
@@ -201,14 +218,7 @@ def distil(job, args):
                     images = make_batch(job, args, images.to(device), classes.to(device), memory,
                                         copy.deepcopy(rng)).cpu()
                     break
-        pixels = images.numpy().tobytes()
-        with squeeze.writing(job.folder / "images.raw", "r+b" if b else "wb") as file:   # flushed before it is counted
-            file.seek(memory["bytes"])
-            file.write(pixels)
-        memory.update(b=b + 1, bytes=memory["bytes"] + len(pixels), crc=zlib.crc32(pixels, memory["crc"]),
-                      seconds=before + time.time() - start)
-        squeeze.save(job.folder / "memory.pt", {**memory, "layers": {name: tuple(layer) for name, layer in
-                                                                     memory["layers"].items()}})
+        store(job.folder, memory, images, before + time.time() - start)
     return memory["seconds"]
 
 

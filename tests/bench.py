@@ -99,8 +99,9 @@ def our_steps(network, images, labels, real, T):
             with squeeze.autocast(network):
                 logits = network(x)
             return F.cross_entropy(logits.float(), labels), matching(layers)
-        recover.optimise(recover.to_uint8(images, HALF), losses, view, HALF,
-                         squeeze.Namespace(iterations=T, lr=0.1, gamma=GAMMA), lambda *report: None)
+        recover.optimise(recover.to_uint8(images, HALF), losses, view,
+                         squeeze.Namespace(iterations=T, lr=0.1, gamma=GAMMA),
+                         squeeze.Namespace(teacher=HALF, every=100, report=lambda *report: None))
 
 
 def bare_steps(network, images, labels, real, T):
