@@ -60,8 +60,7 @@ def frepo(s):
     return [("x", ridge(s["beta"]))]
 
 
-# Which FLC they look at, and whether FFC is centred: DC, MTT and FrePo are derived for a linear head without bias, so
-# theirs is H^T H / n.
+# Their FLC, and whether FFC is centred: DC, MTT and FrePo are derived for a linear head without bias (H^T H / n).
 METHODS = {"dm": (dm, "class", True), "sre2l": (sre2l, "mean", True), "dc": (dc, "class", False),
            "covm": (covm, "class", True), "mtt": (mtt, "class", False), "frepo": (frepo, "class", False)}
 
@@ -70,8 +69,7 @@ METHODS = {"dm": (dm, "class", True), "sre2l": (sre2l, "mean", True), "dc": (dc,
 # The stage
 
 def pairs_for(s, real):
-    """recover.distil's pairs_of: the same in every round, there is no curriculum. BadInput if --eta is unstable: gradient
-    descent diverges for eta * lambda > 2."""
+    """recover.distil's pairs_of, the same in every round. BadInput if gradient descent diverges: eta * lambda > 2."""
     largest = max(torch.linalg.matrix_norm(layer.uncentred, 2) for layer in real.values())
     if (s["eta"] or 0) * largest > 2:
         raise BadInput(f"--eta {s['eta']}: gradient descent diverges, eta * lambda is {s['eta'] * largest:.3g}: "
@@ -83,12 +81,10 @@ def parse(argv):
     parser = squeeze.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", required=True, choices=list(METHODS))
     recover.add_flags(parser)
-    parser.add_argument("--eta", type=number(float, 0, strict=True),
-                        help="mtt: rate (default: 1 / lambda_max of each layer)")
+    parser.add_argument("--eta", type=number(float, 0, strict=True), help="mtt: rate (default: a layer's 1 / lambda_max)")
     parser.add_argument("--p", type=number(int, 1), help="mtt: steps on the real side (default 10)")
     parser.add_argument("--q", type=number(int, 1), help="mtt: steps on the synthetic side (default 10)")
-    parser.add_argument("--beta", type=number(float, 0, strict=True),
-                        help="frepo: ridge, > 0 (default 0.01)")
+    parser.add_argument("--beta", type=number(float, 0, strict=True), help="frepo: ridge, > 0 (default 0.01)")
     parser.add_argument("--layers", choices=["conv", "last"], default="conv",
                         help="all convolutions' inputs, as CFM, or the last linear layer's alone, the theory's H")
     args = parser.parse_args(argv)
@@ -96,8 +92,7 @@ def parse(argv):
         if getattr(args, flag) is not None and args.method != owner:
             raise BadInput(f"--{flag} is for --method {owner}, found {args.method}: leave it out")
         setattr(args, flag, getattr(args, flag) or default)
-    _, args.signal, centred = METHODS[args.method]
-    args.uncentred = not centred
+    args.signal, args.uncentred = METHODS[args.method][1], not METHODS[args.method][2]
     return args
 
 

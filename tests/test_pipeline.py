@@ -286,7 +286,7 @@ def test_uncentred_moments_are_h_transposed_h():
         memory = spectral.merge(memory, {"x": spectral.moments(H)}, recover.step_of(b, dict(emu="paper", uncentred=True)))
         (_, (found, phi)), H = spectral.filtered(list(memory.values()), baselines.dc({}), "mean", False, 1), torch.cat(sets[:b])
         assert torch.allclose(found[0], H.T @ H / len(H), rtol=1e-10) and torch.allclose(phi[0, :, 0], H.mean(0))
-    stored = dict(layers={"x": spectral.statistics(H)._asdict()}, head="none", class_counts=torch.tensor([12]))
+    stored = dict(layers={"x": spectral.moments(H)._asdict()}, head="none", class_counts=torch.tensor([12]))
     real = recover.real_layers(stored, {}, "cpu")["x"]
     assert torch.allclose(real.uncentred, H.T @ H / len(H), rtol=1e-10)
 
