@@ -81,7 +81,7 @@ def parse(argv):
     parser = squeeze.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", required=True, choices=list(METHODS))
     recover.add_flags(parser)
-    parser.add_argument("--eta", type=number(float, 0, strict=True), help="mtt: rate (default: a layer's 1 / lambda_max)")
+    parser.add_argument("--eta", type=number(float, 0, strict=True), help="mtt: rate (default: 1 / lambda_max)")
     parser.add_argument("--p", type=number(int, 1), help="mtt: steps on the real side (default 10)")
     parser.add_argument("--q", type=number(int, 1), help="mtt: steps on the synthetic side (default 10)")
     parser.add_argument("--beta", type=number(float, 0, strict=True), help="frepo: ridge, > 0 (default 0.01)")
