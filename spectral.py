@@ -383,7 +383,7 @@ def matching(real: dict, pairs: list | Callable, signal: str = "mean", centred: 
     real, layers, memory: {name: Statistics}. The real side is filtered once, here; layers of equal C go together.
     pairs: (g, f), or (g, f_real, f_syn), or a function of a stack's real Psi [L, C, C] that gives them. g: "I" matches
     filters f(Psi), "diag" their diagonals, "x" signals f(Psi) Phi. signal: Phi is the mean [C, 1], or with "class"
-    [C, K] the means over K of the batch's classes, whatever their sizes. centred: Psi is the covariance, else H^T H / n.
+    [C, K] the means over K of the classes in it, whatever their sizes. centred: Psi the covariance or H^T H / n.
     ValueError if real is not finite or lacks classes, layers lack labels or are not real's, or alpha is too small.
     >>> X = torch.rand(20, 4)
     >>> matching({"fc": moments(X)}, cfm_pairs(0.1))({"fc": moments(X)})
