@@ -172,11 +172,10 @@ def store(folder, memory, images, seconds):
 
 
 def what_broke(job, entropy, matching, pixels):
-    """In words: which terms are not finite, and the first layer whose statistics are not."""
-    terms = dict(cross_entropy=math.isfinite(entropy), matching=math.isfinite(matching), pixels=pixels)
+    """(which terms are not finite, the first layer whose statistics are not), in words."""
+    terms = {"cross-entropy": math.isfinite(entropy), "pixels": pixels, "matching loss": math.isfinite(matching)}
     layers = [name for name, layer in job.layers.items() if not (layer.mean + layer.ffc).isfinite().all()]
-    return (", ".join(term for term, fine in terms.items() if not fine) + " not finite, first in layer "
-            + (layers[0] if layers else "(none: a filter)"))
+    return ", ".join(term for term, fine in terms.items() if not fine), (layers or ["(none: a filter)"])[0]
 
 
 def distil(job, args):
@@ -201,8 +200,9 @@ def distil(job, args):
         if not (math.isfinite(entropy + matching) and pixels):
             if job.every > 1:
                 raise FloatingPointError
-            raise BadInput(f"{job.folder}: {what_broke(job, entropy, matching, pixels)} in batch {b + 1} by iteration "
-                           f"{t}: lower --lr or raise --alpha-max; --resume keeps the {b} batches before")
+            terms, layer = what_broke(job, entropy, matching, pixels)
+            raise BadInput(f"{job.folder}: {terms} not finite in batch {b + 1} by iteration {t}, first in layer {layer}: "
+                           f"lower --lr or raise --alpha-max; --resume keeps the {b} batches before")
         if t == args.iterations:
             squeeze.log(job.folder, batch=b + 1, round=k, ce=entropy, matching=matching)
     job.report = report

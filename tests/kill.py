@@ -28,10 +28,11 @@ import recover  # noqa: E402
 import relabel  # noqa: E402
 import squeeze  # noqa: E402
 
-TEACHER = Path("runs/toy-convnet-epochs3")
+SQUEEZE = ["--classes", "4", "--epochs", "3", "--precision", "float32"]
+TEACHER = squeeze.teacher_folder(squeeze.parse(SQUEEZE))
 RUN = TEACHER / "cfm-ipc3-iterations6-batch3"
 STAGES = {
-    "squeeze": (squeeze, ["--classes", "4", "--epochs", "3", "--precision", "float32"]),
+    "squeeze": (squeeze, SQUEEZE),
     "recover": (recover, ["--teacher", TEACHER, "--ipc", "3", "--iterations", "6", "--batch", "3"]),
     "relabel": (relabel, [RUN, "--epochs", "12", "--top-k", "2"]),
     "eval": (evaluation, [RUN, "--seeds", "2", "--epochs", "12"])}
@@ -75,8 +76,8 @@ def start(stage, threads, write=0):
 def artefacts(stage):
     """What the stage is to leave, without the seconds it took."""
     if stage == "eval":
-        rows = {name: row["seeds"] for name, row in squeeze.read_json(RUN / "result.json").items()}
-        return json.dumps({name: [(seed["averaged"], seed["raw"]) for seed in row.values()] for name, row in rows.items()})
+        rows = squeeze.read_json(RUN / "result.json")
+        return json.dumps([[(seed["averaged"], seed["raw"]) for seed in row["seeds"].values()] for row in rows.values()])
     names = {"squeeze": [TEACHER / "teacher.pt", TEACHER / "statistics.pt"], "recover": [RUN / "images.pt"],
              "relabel": [RUN / "labels" / "soft_labels.npy", RUN / "labels" / "top_classes.npy"]}[stage]
     return [path.read_bytes() for path in names]
