@@ -42,7 +42,6 @@ __all__ = ["is_main_convolution", "collect_inputs", "Statistics", "moments", "me
            "low_pass", "ridge", "gradient_descent", "spectral_filter", "ridge_filter", "alpha_schedule", "cfm_pairs",
            "matching"]
 LAYOUTS = {"plain": "b c -> b c", "map": "b c ... -> (b ...) c", "tokens": "b ... c -> (b ...) c"}
-statistics = lambda x, labels, layout: moments(x.detach(), labels, layout).to(torch.float64)    # squeeze.py's, for now
 # Statistics and filters never use half precision, whatever autocast is around, nor hold a second X in memory.
 single = lambda x: x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 full_precision = lambda x: torch.autocast(x.device.type, enabled=False)
@@ -141,10 +140,11 @@ class Statistics(NamedTuple):
 
 
 class _Covariance(torch.autograd.Function):
-    """X [n, C] -> covariance [C, C], mean [C], in float32 or better. Written out, dL/dX = (X - 1 m^T) A + 1 g^T / n, A
-    = (G + G^T)/n is one product with the X that is there; autograd would keep a centred float32 copy and multiply it
-    twice. Centred, or a mean of many deviations would cancel digits. Only the gradient is rounded to X's precision: at
-    small alpha A has entries of order 1/alpha^2 where X hardly lies; they cancel in X A, but not in a rounded A."""
+    """X [n, C] -> covariance [C, C], mean [C], in float32 or better, of centred rows, or a mean of many deviations
+    would cancel digits. Written out, dL/dX = X A + 1 (g / n - A m)^T, A = (G + G^T)/n is one product with the X that is
+    there; autograd would keep a centred float32 copy and multiply it twice. Only the gradient is rounded to X's
+    precision: at small alpha A has entries of order 1/alpha^2 where X hardly lies; they cancel in X A, but not in a
+    rounded A."""
     generate_vmap_rule = True
 
     @staticmethod
@@ -161,7 +161,7 @@ class _Covariance(torch.autograd.Function):
         X, mean = ctx.saved_tensors
         with full_precision(G):
             A = (G + G.T) / len(X)
-            return torch.cat([torch.addmm(g / len(X), block, A).to(X.dtype) for block in blocks(X, mean)])
+            return torch.addmm(g / len(X) - A @ mean, single(X), A).to(X.dtype)
 
 
 def moments(features: Tensor, labels: Tensor | None = None, layout: str | None = None) -> Statistics:
