@@ -201,8 +201,8 @@ def distil(job, args):
             if job.every > 1:
                 raise FloatingPointError
             terms, layer = what_broke(job, entropy, matching, pixels)
-            raise BadInput(f"{job.folder}: {terms} not finite in batch {b + 1} by iteration {t}, first in layer {layer}: "
-                           f"lower --lr or raise --alpha-max; --resume keeps the {b} batches before")
+            raise BadInput(f"{job.folder}: {terms} not finite in batch {b + 1} by iteration {t}, first in layer {layer}"
+                           f": lower --lr or raise --alpha-max; --resume keeps the {b} batches before")
         if t == args.iterations:
             squeeze.log(job.folder, batch=b + 1, round=k, ce=entropy, matching=matching)
     job.report = report
