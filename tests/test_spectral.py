@@ -566,3 +566,12 @@ def test_every_example_in_the_docstrings():
     named = [f for f in public if f.__name__ != "<lambda>"]
     assert failed == 0 and tried >= 20 and all(">>>" in f.__doc__ for f in named)
     assert all(set(typing.get_type_hints(f)) - {"return"} for f in named)
+
+
+def test_many_channels():
+    """C = 4096 with 32 rows, against Woodbury's form of the ridge filter in float64."""
+    X, alpha, n = torch.randn(32, 4096, **f64), 0.1, 32
+    centred = X - X.mean(0)
+    inner = torch.linalg.solve(n * alpha * torch.eye(n, **f64) + centred @ centred.T, centred)
+    exact = (torch.eye(4096, **f64) - centred.T @ inner) / alpha
+    assert relative(sp.ridge_filter(sp.moments(X.float()).ffc, alpha).double(), exact) < 1e-4
