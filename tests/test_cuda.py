@@ -63,6 +63,10 @@ def cuda(monkeypatch):
     monkeypatch.setattr(squeeze, "log", lambda *args, **entry: None)
     squeeze.constant.cache_clear()
     with FakeTensorMode():
+        try:
+            torch.zeros(2).to("cuda")
+        except RuntimeError:
+            pytest.skip("this torch (2.6) asks the driver for a fake device, too")
         yield torch.device("cuda")
     squeeze.constant.cache_clear()
 
