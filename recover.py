@@ -343,6 +343,8 @@ def run(args, method, defaults, pairs_for):
     network, teacher, parent_config = squeeze.load_teacher(parent, device)
     squeeze.check_data(data, teacher, parent_config)
     found = squeeze.load(parent, "statistics.pt", parent_config)
+    if "share" not in found["layers"][found["head"]]:
+        raise BadInput(f"{parent}: statistics of an older version: squeeze again")
     select = (lambda name, module: name == found["head"]) if args.layers == "last" else spectral.is_main_convolution
     names = [name for name in found["layers"] if (name == found["head"]) == (args.layers == "last")]
     job = Namespace(data=data, network=network, teacher=teacher, confidence=found["confidence"], select=select,
