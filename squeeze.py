@@ -795,9 +795,14 @@ def load_teacher(folder, device):
     """A finished squeeze run: (folded network, teacher.pt's dict, config)."""
     config = read_config(folder, "squeeze")
     teacher = load(folder, "teacher.pt", config)
-    if "precision" not in teacher:
-        raise BadInput(f"{folder}: made by an older version, which did not record its precision: squeeze again")
-    return fold(restore(teacher).to(device)), teacher, config
+    try:
+        known = {"network": TEACHERS, "precision": ("float32", "bfloat16")}
+        if any(teacher[key] not in values for key, values in known.items()) or not {"mean", "std"} <= set(teacher):
+            raise KeyError
+        network = restore(teacher)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise BadInput(f"{folder}/teacher.pt: not as squeeze.py writes it today: squeeze again") from error
+    return fold(network.to(device)), teacher, config
 
 
 def check_data(data, teacher, config):

@@ -380,3 +380,14 @@ def test_what_turns_non_finite_is_named_and_the_last_good_batch_kept(here, monke
     monkeypatch.setattr(torch.Tensor, "clamp_", normalise)
     recover.main([*flags, "--resume"])
     assert Path("runs/toy-convnet/cfm-ipc3-iterations3/images.pt").is_file()
+
+
+def test_a_strangers_teacher_is_looked_at(here):
+    folder = Path("runs/toy-convnet")
+    config, teacher = squeeze.read_config(folder, "squeeze"), torch.load(folder / "teacher.pt", weights_only=True)
+    for wrong in ({"network": "get_model"}, {"network": "resnet18"}, {"precision": "float8"}, {"size": "large"},
+                  {"state_dict": {}}, {"state_dict": [1]}, {"classes": 7}):
+        squeeze.save(folder / "teacher.pt", {**teacher, **wrong})
+        config["artefacts"]["teacher.pt"] = squeeze.sha256(folder / "teacher.pt")
+        squeeze.save(folder / "config.json", config)
+        one_line(recover.main, ["--ipc", "1"], "teacher.pt", "squeeze again")

@@ -3,6 +3,8 @@ import doctest
 import threading
 import typing
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -548,11 +550,14 @@ def test_second_derivatives_work_or_say_that_they_do_not():
         torch.autograd.grad(sp.spectral_filter(sp.moments(x).ffc, torch.exp).sum(), x, create_graph=True)
 
 
-def test_compiled():
-    """Through the compiler's front end (aot_eager needs no C++ compiler)."""
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled(backend):
+    """Through the compiler's front end, which needs no C++ compiler, and to the end."""
+    if backend == "inductor" and not shutil.which("g++"):
+        pytest.skip("no C++ compiler here")
     x = torch.randn(8, 4, requires_grad=True)
     try:
-        compiled = torch.compile(whole_loss, backend="aot_eager")(x)
+        compiled = torch.compile(whole_loss, backend=backend)(x)
     except RuntimeError as error:
         pytest.skip(f"no torch.compile here: {error}")
     assert torch.allclose(compiled, whole_loss(x))
