@@ -1,9 +1,8 @@
 """spectral.py, proved by algebra: every short form against the definition it stands for, in float64 on random input."""
 import doctest
+import shutil
 import threading
 import typing
-
-import shutil
 
 import numpy as np
 import pytest
