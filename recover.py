@@ -264,7 +264,7 @@ def add_flags(parser):
         "of (CIFAR), the first ones of a class (else, and with --iterations 0), or noise")
     add("--iterations", type=number(int, 0), help="Adam steps a batch (CIFAR, toy 100; paper 1000); 0: real images")
     add("--lr", type=number(float, 0, strict=True), help="Adam's, normalised pixels (CIFAR 0.02, paper 0.25; else 0.1)")
-    add("--batch", type=number(int, 1), help="classes a batch, one image of each (200, imagenet 500)")
+    add("--batch", type=number(int, 1), help="classes a batch, one image of each (at most 200; imagenet 500)")
     add("--gamma", type=number(float, 0), help="weight of the matching losses (CIFAR 10, else 0.1)")
     add("--emu", choices=["pool", "paper", "off"], help="memory of finished batches: their features as one set\n"
         "(default), Eq. 17 (--preset paper), or none (the authors' code unless asked)")
@@ -323,6 +323,17 @@ def choose_teacher(args):
     return squeeze.teacher_folder(squeeze.parse(flags)), flags
 
 
+def load_statistics(parent, config, layers):
+    """What squeeze.py found: (confidence [n], which layers to match, their real side {name: Statistics})."""
+    found = squeeze.load(parent, "statistics.pt", config)
+    if "share" not in found["layers"][found["head"]]:
+        raise BadInput(f"{parent}: statistics of an older version: squeeze again")
+    last = lambda name, module: name == found["head"]
+    return found["confidence"], last if layers == "last" else spectral.is_main_convolution, {
+        name: spectral.Statistics(**layer) for name, layer in found["layers"].items()
+        if last(name, None) == (layers == "last")}
+
+
 def run(args, method, defaults, pairs_for):
     """The stage after its flags, for recover.py and baselines.py. pairs_for(args, real) -> pairs_of(k); defaults: args
     with no flag given."""
@@ -342,14 +353,10 @@ def run(args, method, defaults, pairs_for):
     squeeze.ensure(parent, flags, args.resume)
     network, teacher, parent_config = squeeze.load_teacher(parent, device)
     squeeze.check_data(data, teacher, parent_config)
-    found = squeeze.load(parent, "statistics.pt", parent_config)
-    if "share" not in found["layers"][found["head"]]:
-        raise BadInput(f"{parent}: statistics of an older version: squeeze again")
-    select = (lambda name, module: name == found["head"]) if args.layers == "last" else spectral.is_main_convolution
-    names = [name for name in found["layers"] if (name == found["head"]) == (args.layers == "last")]
-    job = Namespace(data=data, network=network, teacher=teacher, confidence=found["confidence"], select=select,
+    confidence, select, real = load_statistics(parent, parent_config, args.layers)
+    job = Namespace(data=data, network=network, teacher=teacher, confidence=confidence, select=select,
                     folder=parent / run_name(method, args, defaults),
-                    real={name: spectral.Statistics(**found["layers"][name]).to(device) for name in names})
+                    real={name: layer.to(device) for name, layer in real.items()})
     job.pairs_of = pairs_for(args, job.real)               # refuses an unstable rate; the next line, a tiny alpha
     try:
         spectral.matching(job.real, job.pairs_of(args.ipc - 1), args.signal, args.centred)(job.real)
