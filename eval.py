@@ -165,11 +165,10 @@ def test_set(run, args, device):
     return data._replace(test=squeeze.in_memory(data, data.test, device))
 
 
-def recipe(argv, dataset, N):
+def recipe(argv, dataset, N, epochs):
     """The flags of a recipe, resolved for N images: few are trained in small batches, as in the authors' code."""
-    args, preset = parse(argv), squeeze.PRESETS[dataset]
-    few, small, large = preset["batch"]
-    squeeze.fill(args, dict(epochs=preset["relabel"]["epochs"], batch=small if N <= few else large))
+    few, small, large = squeeze.PRESETS[dataset]["batch"]
+    args = squeeze.fill(parse(argv), dict(epochs=epochs, batch=small if N <= few else large))
     args.batch = min(args.batch, N)
     return args
 
@@ -179,8 +178,9 @@ def evaluate(run, network, data, source, argv):
     content, config, _ = relabel.load_run(run)
     images, dataset = content["images"].to(squeeze.pick_device()), config["settings"]["dataset"]
     labels, label_hash, label_bytes = source
-    args, defaults = (recipe(flags, dataset, len(images)) for flags in (argv, [run]))
-    args.network, args.epochs = network, parse(argv).epochs or labels["epochs"]
+    args, defaults = (recipe(flags, dataset, len(images), epochs) for flags, epochs in (
+        (argv, labels["epochs"]), ([run], squeeze.PRESETS[dataset]["relabel"]["epochs"])))
+    args.network = network
     chosen = {key: getattr(args, key) for key in RECIPE}
     chosen["teacher"] = args.teacher and Path(args.teacher).resolve().name     # its hash is in the labels' one
     path, name = Path(run) / "result.json", "-".join([network, *squeeze.changed(chosen, vars(defaults))])

@@ -95,6 +95,15 @@ def view_statistics(images, network, layers, view, teacher, args):
     return {name: layer._replace(count=layer.count // T) for name, layer in seen.items()}      # they weigh as one batch
 
 
+@contextlib.contextmanager
+def naming_alpha():
+    """spectral.matching's refusal of an alpha that the precision does not resolve, with the flag's name."""
+    try:
+        yield
+    except ValueError as error:
+        raise BadInput(f"--alpha-max (or --beta): {error}") from error
+
+
 def make_batch(job, args, images, classes, memory, rng):
     """Optimise the starting images [B, 3, S, S] of `classes` [B]; EMU's memory then holds them too. uint8 to uint8."""
     Y = F.one_hot(classes, len(job.teacher["classes"])) if args.signal == "class" else None
@@ -104,10 +113,8 @@ def make_batch(job, args, images, classes, memory, rng):
         def losses(x):
             with squeeze.autocast(job.network):
                 logits = job.network(x)
-            try:
+            with naming_alpha():                           # few feature vectors resolve less than the real side
                 return F.cross_entropy(logits.float(), classes), job.matching(layers, old, step)
-            except ValueError as error:                    # an alpha that few feature vectors do not resolve
-                raise BadInput(f"--alpha-max (or --beta): {error}") from error
         job.layers = layers
         images = optimise(images, losses, views(args.iterations), args, job)
         if args.emu != "off":
@@ -243,9 +250,10 @@ def finish(folder, config, teacher, args, seconds):
 def cfm_pairs(k, args):
     """The pairs of CFM in round k (Eq. 18-20), or of its ablations. --filter high: alpha_max / 100 throughout, a fixed
     sharp filter; low: f is lambda. --loss: one of Eq. 19's two."""
-    alpha = {"low": None, "high": (args.alpha_max or 0) / 100}.get(args.filter, 0)
     if args.filter == "cfm":
         alpha = spectral.alpha_schedule(k, args.ipc, args.alpha_max, args.schedule)
+    else:
+        alpha = args.alpha_max / 100 if args.filter == "high" else None
     filter_pair, signal_pair = spectral.cfm_pairs(alpha)
     return {"filter": [filter_pair], "signal": [signal_pair], "both": [filter_pair, signal_pair]}[args.loss]
 
@@ -358,10 +366,9 @@ def run(args, method, defaults, pairs_for):
                     folder=parent / run_name(method, args, defaults),
                     real={name: layer.to(device) for name, layer in real.items()})
     job.pairs_of = pairs_for(args, job.real)               # refuses an unstable rate; the next line, a tiny alpha
-    try:
-        spectral.matching(job.real, job.pairs_of(args.ipc - 1), args.signal, args.centred)(job.real)
-    except ValueError as error:
-        raise BadInput(f"--alpha-max (or --beta): {error}") from error
+    if args.iterations:
+        with naming_alpha():
+            spectral.matching(job.real, job.pairs_of(args.ipc - 1), args.signal, args.centred)(job.real)
     args.precision = teacher["precision"]
     config = squeeze.open_run(job.folder, "recover", squeeze.settings(args),
                               {"data": data.sha256, **parent_config["artefacts"]}, args.resume)

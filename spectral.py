@@ -4,7 +4,7 @@
 distillation objectives compare two matrices of a frozen network's features, after the same spectral filter:
     min over X_s  || f(FFC) g(FLC) - f(FFC_s) g(FLC_s) ||,   g = I (match filters) or g(x) = x (match signals)  (Eq. 1)
 
-Letters, fixed for the whole project:
+Letters:
     B batch  C channels  H W pixels  T tokens  K classes  N = K * IPC synthetic images  L layers of equal C, stacked
     X [n, C]    feature vectors as rows, one for every pixel or token; H [B, C] their means by image; Y [B, K] labels
     FFC         feature-feature correlation, Psi [C, C]: which directions the features share (biased covariance)
@@ -42,7 +42,7 @@ __all__ = ["is_main_convolution", "collect_inputs", "Statistics", "moments", "me
            "low_pass", "ridge", "gradient_descent", "spectral_filter", "ridge_filter", "alpha_schedule", "cfm_pairs",
            "matching"]
 LAYOUTS = {"plain": "b c -> b c", "map": "b c ... -> (b ...) c", "tokens": "b ... c -> (b ...) c"}
-# Statistics and filters never use half precision, whatever autocast is around, nor hold a second X in memory.
+# Statistics and filters never use half precision, whatever autocast is around.
 single = lambda x: x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 full_precision = lambda x: torch.autocast(x.device.type, enabled=False)
 blocks = lambda X, mean: (single(block) - mean for block in X.split(max(4096, len(X) // 16)))
@@ -142,14 +142,13 @@ class Statistics(NamedTuple):
 class _Covariance(torch.autograd.Function):
     """X [n, C] -> covariance [C, C], mean [C], in float32 or better, of centred rows, or a mean of many deviations
     would cancel digits. Written out, dL/dX = X A + 1 (g / n - A m)^T, A = (G + G^T)/n is one product with the X that is
-    there; autograd would keep a centred float32 copy and multiply it twice. Only the gradient is rounded to X's
-    precision: at small alpha A has entries of order 1/alpha^2 where X hardly lies; they cancel in X A, but not in a
-    rounded A."""
+    there; autograd would keep a centred float32 copy and multiply it twice. Only the gradient is rounded to X's dtype:
+    at small alpha A has entries of order 1/alpha^2 where X hardly lies; they cancel in X A, not in a rounded A."""
     generate_vmap_rule = True
 
     @staticmethod
     def forward(X):
-        mean = X.mean(0, dtype=single(X[:1]).dtype)        # summed in float64: in float32, 10^5 rows were off by 2e-5
+        mean = X.mean(0, dtype=single(X[:1]).dtype)        # by blocks: no second X, and float64 sums
         return (sum((part.T @ part).double() for part in blocks(X, mean)) / len(X)).to(mean.dtype), mean
 
     @staticmethod
@@ -176,7 +175,7 @@ def moments(features: Tensor, labels: Tensor | None = None, layout: str | None =
         if labels is None:
             return Statistics(len(X), mean, psi)
         if labels.ndim != 2 or len(labels) != len(features):
-            raise ValueError(f"labels must be [B, K], B = {len(features)} (see one_hot), found {tuple(labels.shape)}")
+            raise ValueError(f"labels must be [B, K], B = {len(features)} (one-hot), found {tuple(labels.shape)}")
         H, Y = rearrange(single(X), "(b p) c -> b p c", b=len(labels)).mean(1), labels.to(single(X))
         return Statistics(len(X), mean, psi, H.T @ Y / len(H), Y.mean(0))
 
@@ -323,7 +322,7 @@ def spectral_filter(ffc: Tensor, f: Callable) -> Tensor:
 
 
 def ridge_filter(ffc: Tensor, alpha: float) -> Tensor:
-    """F = (Psi + alpha I)^-1 [..., C, C] (Eq. 18) by Cholesky, recover.py's main job. ValueError unless alpha > 0.
+    """F = (Psi + alpha I)^-1 [..., C, C] (Eq. 18) by Cholesky: the filter of CFM's pairs. ValueError unless alpha > 0.
     Relative errors against float64, CIFAR-10, ConvNet-128: F of all images at the last convolution (C = 128, lambda_max
     3); F and the gradient of CFM's loss of ten images at the head (C = 2048, rank 9, lambda_max 14), or there:
         alpha                          1e-1   1e-2   1e-3   1e-4   1e-5   1e-6   1e-7   1e-8

@@ -938,7 +938,7 @@ def run(args, folder):
         if not all(layer["ffc"].isfinite().all() for layer in found["layers"].values()):
             raise BadInput(f"{folder}: the teacher's features are not finite: remove it; lower --lr or change "
                            "--teacher")
-        save(folder / "statistics.pt", dict(**found, teacher=sha256(folder / "teacher.pt")))
+        save(folder / "statistics.pt", found)              # config.json says whose it is
         finish_run(folder, config, ["teacher.pt", "statistics.pt"])
     print(f"teacher: {config['results']['test']:.2f} % {'held-out' if args.validate else 'test'} accuracy, in "
           f"{folder}\nnext: python recover.py --teacher {folder}")
