@@ -128,7 +128,7 @@ def train_student(job, args, seed, checkpoint):
 # ---------------------------------------------------------------------------------------------------------------------
 # One row of the table: all seeds of one student network on one run
 
-def label_source(run, config, args):
+def label_source(run, content, config, args):
     """Settings, hash and bytes of the labels a run's students learn from: those relabel.py stored, checked, or with
     --online and --hard, which need none, the preset's."""
     folder, preset = relabel.label_folder(run, args.teacher), squeeze.PRESETS[config["settings"]["dataset"]]["relabel"]
@@ -146,7 +146,6 @@ def label_source(run, config, args):
         raise BadInput(f"--epochs {args.epochs}: {folder} holds {labels['settings']['epochs']}: relabel with more")
     for name in labels["artefacts"]:
         squeeze.checked(folder, name, labels)
-    content = relabel.load_run(run)[0]
     relabel.check_labels(folder, labels["settings"], len(content["images"]), len(content["classes"]))
     return labels["settings"], labels["artefacts"]["soft_labels.npy"], labels["results"]["label_bytes"]
 
@@ -407,19 +406,19 @@ def main(argv):
         return report(args.runs, device)
     stored = not (args.online or args.hard)
     for run in args.runs:                                  # all checks of all runs before any work
-        config, folder, labels = relabel.load_run(run)[1], Path(run), relabel.label_folder(run, args.teacher)
+        (content, config, _), folder, labels = relabel.load_run(run), Path(run), relabel.label_folder(run, args.teacher)
         jobs += [(run, network) for network in args.network or [config["settings"]["network"]]]
         squeeze.lock(folder)
         if not args.resume and ((folder / "result.json").exists() or list(folder.glob("student-*.pt"))):
             raise BadInput(f"{run}: its result.json or student-*.pt is in use: add --resume to add to it, or remove it")
         made = stored and (labels / "config.json").is_file()
         if not stored or made and squeeze.read_config(labels, "relabel", args.resume)["artefacts"]:
-            sources[run] = label_source(run, config, args)
+            sources[run] = label_source(run, content, config, args)
     sets = {run: test_set(run, args, device) for run in args.runs}
     for run in args.runs:
         if run not in sources:
             relabel.ensure(run, args.teacher, args.epochs, args.resume)
-            sources[run] = label_source(run, relabel.load_run(run)[1], args)
+            sources[run] = label_source(run, *relabel.load_run(run)[:2], args)
     for run, network in jobs:
         table.append((run, network, evaluate(run, network, sets[run], sources[run], argv)))
     show_table(table, args)

@@ -241,11 +241,11 @@ def import_images(parent, source, resume):
             raise BadInput(f"{path}: {tuple(image.shape[1:])} pixels found, the teacher takes {teacher['size']} squared"
                            ": mend or remove it")
     images, folder = torch.stack(tensors), parent / source.resolve().name
-    s = {key: config["settings"][key] for key in ("dataset", "data", "network")}
-    s.update(images=str(source.resolve()), ipc=1 + int(position.max()))
+    about = {key: config["settings"][key] for key in ("dataset", "data", "network")}
+    about.update(images=str(source.resolve()), ipc=1 + int(position.max()))
     digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
     inputs = {"data": config["inputs"]["data"], "images": digest, **config["artefacts"]}
-    run = squeeze.open_run(folder, "recover", s, inputs, resume)
+    run = squeeze.open_run(folder, "recover", about, inputs, resume)
     if not run["artefacts"]:
         content = {key: teacher[key] for key in ("classes", "mean", "std", "precision")}
         squeeze.save(folder / "images.pt", dict(images=images, labels=labels, **content, inputs=inputs,

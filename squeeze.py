@@ -695,10 +695,10 @@ def show(args):
     print("settings: " + " ".join(f"{key}={value}" for key, value in settings(args).items()))
 
 
-def changed(s, defaults, hidden=()):
+def changed(settings, defaults, hidden=()):
     """["epochs16", "no-emu", ...]: every setting that is not the default. The names of folders and of rows are made of
     these, so that no two runs share one."""
-    return [key.replace("_", "-") + ("" if value is True else Path(str(value)).name) for key, value in s.items()
+    return [key.replace("_", "-") + ("" if value is True else Path(str(value)).name) for key, value in settings.items()
             if key not in hidden and value != defaults[key]]
 
 

@@ -250,7 +250,7 @@ def test_relabel_resumes_to_the_same_labels(here, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         relabel.main([str(run), "--epochs", "4"])
     with pytest.raises(BadInput, match="unfinished"):
-        evaluation.label_source(run, json.loads((run / "config.json").read_text()), evaluation.parse([str(run)]))
+        evaluation.label_source(run, None, squeeze.read_config(run, "recover"), evaluation.parse([str(run)]))
     relabel.main([str(run), "--epochs", "4", "--resume"])
     assert seen == [0, 1, 2, 2, 3] and (run / "labels" / "soft_labels.npy").read_bytes() == whole
 

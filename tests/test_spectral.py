@@ -1,5 +1,6 @@
 """spectral.py, proved by algebra: every short form against the definition it stands for, in float64 on random input."""
 import doctest
+import math
 import shutil
 import threading
 import typing
@@ -579,3 +580,10 @@ def test_many_channels():
     inner = torch.linalg.solve(n * alpha * torch.eye(n, **f64) + centred @ centred.T, centred)
     exact = (torch.eye(4096, **f64) - centred.T @ inner) / alpha
     assert relative(sp.ridge_filter(sp.moments(X.float()).ffc, alpha).double(), exact) < 1e-4
+
+
+def test_features_that_are_not_finite_show_in_the_loss():
+    X = torch.randn(20, 4)
+    loss = sp.matching({"x": sp.moments(X)}, sp.cfm_pairs(0.1))
+    for bad in (math.nan, math.inf):
+        assert not loss({"x": sp.moments(torch.cat([X, torch.full((1, 4), bad)]))}).isfinite()
