@@ -1,4 +1,5 @@
-"""baselines.py: other methods' objectives as pairs of filters (Theorem 1), run by recover.py's own loop.
+"""baselines.py: other methods' objectives as pairs of filters (Theorem 1), run by recover.py's own loop; and rivals
+of today that differ from CFM in their images, views or weights.
 
     python baselines.py --method mtt                                      toy images
     python baselines.py --method dm --dataset cifar10 --network convnet --ipc 10
@@ -8,9 +9,17 @@ like recover.py's, so relabel.py and eval.py take it as it is.
 
 These are the linear-head forms of the theory on one trained teacher, under CFM's recipe (start, cross-entropy, views).
 They leave out what the published methods add: DM and DC draw many random networks, MTT matches trajectories of a whole
-network, FrePo keeps a pool of networks. So no number made here is the published method's number.
+network, FrePo keeps a pool of networks; CDA and DWA use their own rates and iterations. So no number made here is the
+published method's number. G-VBSM is not here: its data densification compares images of one class within a batch, and
+a batch here has one image of each; several teachers would ask for a second network in every stage.
 """
+import contextlib
+import math
+
+import numpy as np
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 
 import recover
 import squeeze
@@ -59,27 +68,90 @@ def frepo(args):
 
 
 # Which FLC they look at, and whether FFC is centred: DC, MTT and FrePo are derived for a linear head without bias, so
-# theirs is H^T H / n.
+# theirs is H^T H / n. CDA and DWA have SRe2L's pairs; RDED makes no step.
 METHODS = {"dm": (dm, "class", True), "sre2l": (sre2l, "mean", True), "dc": (dc, "class", False),
-           "covm": (covm, "class", True), "mtt": (mtt, "class", False), "frepo": (frepo, "class", False)}
+           "covm": (covm, "class", True), "mtt": (mtt, "class", False), "frepo": (frepo, "class", False),
+           "cda": (sre2l, "mean", True), "dwa": (sre2l, "mean", True), "rded": (dm, "class", True)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the rivals change beside the pairs
+
+def curriculum(progress):
+    """CDA (Yin, Shen, 2023): the smallest crop, as share of the area, falls from 1 to 0.08 with a cosine: easy views
+    first. progress: of a batch's iterations, 0 to 1; over all of them, as its authors run it."""
+    return 0.08 + 0.92 * (1 + math.cos(math.pi * progress)) / 2
+
+
+@contextlib.contextmanager
+def adjusted(network, x, classes, rho=0.015, K=12):
+    """DWA (Du et al., 2024): context in which the network's weights are moved by K steps of length rho / K up the
+    gradient of the starting images' cross-entropy, so that every batch meets another teacher. x: normalised [B, 3, S,
+    S]. Where BatchNorm is folded into the convolutions, as in recover.py, the gradient is the folded weights'."""
+    weights = list(network.parameters())
+    kept = [weight.detach().clone() for weight in weights]
+    for _ in range(K):
+        with squeeze.autocast(network.requires_grad_(True)):
+            loss = F.cross_entropy(network(x).float(), classes)
+        gradient = torch.autograd.grad(loss, weights)
+        length = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part) for part in gradient]))
+        with torch.no_grad():
+            torch._foreach_add_(weights, torch._foreach_mul(gradient, rho / K / (length + 1e-12)))
+    try:
+        yield network.requires_grad_(False)
+    finally:
+        for weight, old in zip(weights, kept):
+            weight.copy_(old)
+
+
+@torch.no_grad()
+def realistic_crops(job, args, candidates=300, crops=5):
+    """RDED (Sun et al., 2024): of 300 random images a class, the best of five square crops each; of these the best make
+    the images, four to one beyond 64 px. Best: the teacher's cross-entropy of the crop, its border filled, is least.
+    Returns start(k, classes) for recover.distil."""
+    S, rng, device, made = job.data.size, np.random.default_rng(args.seed), squeeze.pick_device(), []
+    grid, teacher = 2 if S > 64 else 1, job.teacher
+    d, border = S // grid, S - S // grid
+    for c in range(len(job.data.classes)):
+        own = rng.permutation((job.data.train.labels == c).nonzero()[:, 0].numpy())[:candidates]
+        images = squeeze.take(job.data, job.data.train, torch.from_numpy(own)).to(device).repeat(crops, 1, 1, 1)
+        boxes = squeeze.crop_boxes(rng.random((len(images), 4)), (0.08, 1), (1, 1)).to(device)
+        views = squeeze.resample(images.float(), squeeze.crop_grid(boxes, boxes[:, 0] < 0, d)).round()
+        seen = F.pad(squeeze.normalise(views, teacher["mean"], teacher["std"]), 2 * (border // 2, border - border // 2))
+        with squeeze.autocast(job.network):
+            loss = torch.cat([-job.network(part).float().log_softmax(1)[:, c] for part in seen.split(500)])
+        best, which = loss.view(crops, -1).min(0)
+        first = best.argsort(stable=True)[:args.ipc * grid**2]
+        if len(first) < args.ipc * grid**2:
+            raise BadInput(f"--ipc {args.ipc}: {grid**2} crops an image of {len(own)} images of class {c}: lower it")
+        chosen = views.view(crops, -1, 3, d, d)[which[first], first]
+        made.append(rearrange(chosen, "(gh gw n) c h w -> n c (gh h) (gw w)", gh=grid, gw=grid).to(torch.uint8).cpu())
+    return lambda k, classes: torch.stack(made)[classes, k]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The stage
 
-def pairs_for(args, real):
-    """recover.distil's pairs_of: the same in every round, there is no curriculum. BadInput if --eta is unstable:
-    gradient descent diverges for eta * lambda > 2."""
-    largest = max(torch.linalg.matrix_norm(layer.uncentred, 2) for layer in real.values())
+def prepare(job, args):
+    """What recover.run asks for. The pairs are the same in every round, there is no curriculum of filters. BadInput if
+    --eta is unstable: gradient descent diverges for eta * lambda > 2."""
+    largest = max(torch.linalg.matrix_norm(layer.uncentred, 2) for layer in job.real.values())
     if (args.eta or 0) * largest > 2:
         raise BadInput(f"--eta {args.eta}: gradient descent diverges, eta * lambda is {args.eta * largest:.3g}: "
                        f"use at most {2 / largest:.3g}, or leave it out to have it chosen")
-    return lambda k: METHODS[args.method][0](args)
+    job.pairs_of = lambda k: METHODS[args.method][0](args)
+    if args.method == "cda":
+        job.smallest = curriculum
+    if args.method == "dwa":
+        job.weights = lambda images, classes: adjusted(
+            job.network, squeeze.normalise(images, job.teacher["mean"], job.teacher["std"]), classes)
+    if args.method == "rded":
+        job.start = realistic_crops(job, args)
 
 
 def parse(argv):
     parser = squeeze.Parser(__doc__)
-    parser.add_argument("--method", required=True, choices=list(METHODS), help="whose pairs of filters")
+    parser.add_argument("--method", required=True, choices=list(METHODS), help="whose objective")
     recover.add_flags(parser)
     add = parser.add_argument_group("spectra").add_argument
     add("--layers", choices=["conv", "last"], default="conv",
@@ -94,12 +166,16 @@ def parse(argv):
             raise BadInput(f"--{flag} is for --method {owner}, found {args.method}: leave it out")
         setattr(args, flag, getattr(args, flag) or default)
     _, args.signal, args.centred = METHODS[args.method]
+    if args.method == "rded":
+        if args.iterations or args.init:
+            raise BadInput("--method rded: crops of real images, no steps: leave out --iterations and --init")
+        args.iterations, args.init = 0, "rded"
     return args
 
 
 def main(argv):
     args = parse(argv)
-    recover.run(args, args.method, parse(["--method", args.method]), pairs_for)
+    recover.run(args, args.method, parse(["--method", args.method]), prepare)
 
 
 if __name__ == "__main__":

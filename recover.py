@@ -36,10 +36,10 @@ from squeeze import BadInput, Namespace, number
 # ---------------------------------------------------------------------------------------------------------------------
 # One batch
 
-def random_views(rng, T, B, size, device):
+def random_views(rng, T, B, size, device, smallest=0.08):
     """The views of T iterations, drawn ahead with NumPy, the same on every device: view(images [B, 3, S, S], t). Crop
-    and flip are drawn per image; a roll by 0-4 pixels is the batch's."""
-    boxes = squeeze.crop_boxes(rng.random((T * B, 4)), (0.08, 1)).view(T, B, 4).to(device)
+    and flip are drawn per image; a roll by 0-4 pixels is the batch's. smallest: crop, share of the area; or [T * B]."""
+    boxes = squeeze.crop_boxes(rng.random((T * B, 4)), (smallest, 1)).view(T, B, 4).to(device)
     flips = torch.from_numpy(rng.random((T, B)) < 0.5).to(device)
     rolls = rng.integers(0, 5, (T, 2)).tolist()
 
@@ -108,17 +108,18 @@ def make_batch(job, args, images, classes, memory, rng):
     """Optimise the starting images [B, 3, S, S] of `classes` [B]; EMU's memory then holds them too. uint8 to uint8."""
     Y = F.one_hot(classes, len(job.teacher["classes"])) if args.signal == "class" else None
     old, step = {} if args.emu == "off" else memory["layers"], step_of(memory["b"] + 1, args)
-    views = lambda T: random_views(rng, T, len(images), images.shape[-1], images.device)
-    with spectral.collect_inputs(job.network, job.select, spectral.moments, Y) as layers:
+    T, shape = args.iterations, (len(images), images.shape[-1], images.device)
+    with job.weights(images, classes), spectral.collect_inputs(job.network, job.select, spectral.moments, Y) as layers:
         def losses(x):
             with squeeze.autocast(job.network):
                 logits = job.network(x)
             with naming_alpha():                           # few feature vectors resolve less than the real side
                 return F.cross_entropy(logits.float(), classes), job.matching(layers, old, step)
         job.layers = layers
-        images = optimise(images, losses, views(args.iterations), args, job)
+        smallest = np.repeat([job.smallest(t / T) for t in range(T)], len(images))
+        images = optimise(images, losses, random_views(rng, T, *shape, smallest), args, job)
         if args.emu != "off":
-            seen = view_statistics(images, job.network, layers, views(min(10, args.iterations)), job.teacher, args)
+            seen = view_statistics(images, job.network, layers, random_views(rng, min(10, T), *shape), job.teacher, args)
             memory["layers"] = spectral.merge(old, seen, step)
     return images
 
@@ -190,7 +191,7 @@ def distil(job, args):
     there are and holds the EMU: a killed run goes on with the next batch, and memory does not grow with IPC.
 
     job: folder, data, network, teacher (teacher.pt's dict), confidence [n], real {layer: Statistics}, select, and
-    pairs_of(k), the pairs of Theorem 1 in round k. Returns seconds.
+    pairs_of(k), the pairs of Theorem 1 in round k; and what baselines may change (see `run`). Returns seconds.
     """
     K, device = len(job.data.classes), squeeze.pick_device()
     chunks = torch.arange(K).split(args.batch)
@@ -216,7 +217,7 @@ def distil(job, args):
     for b in range(done, total):
         k, classes = b // len(chunks), chunks[b % len(chunks)]
         rng = np.random.default_rng([args.seed, b])        # a batch's randomness depends on nothing before it
-        images = initial_images(job.data, index, k, classes, args, rng)
+        images = job.start(k, classes) if job.start else initial_images(job.data, index, k, classes, args, rng)
         if args.iterations:
             if b == done or b % len(chunks) == 0:          # the real side is constant within a round
                 job.matching = spectral.matching(job.real, job.pairs_of(k), args.signal, args.centred)
@@ -342,9 +343,10 @@ def load_statistics(parent, config, layers):
         if last(name, None) == (layers == "last")}
 
 
-def run(args, method, defaults, pairs_for):
-    """The stage after its flags, for recover.py and baselines.py. pairs_for(args, real) -> pairs_of(k); defaults: args
-    with no flag given."""
+def run(args, method, defaults, prepare):
+    """The stage after its flags, for recover.py and baselines.py. defaults: args with no flag given. prepare(job, args)
+    sets job.pairs_of, and for some baselines: job.start(k, classes), the images to start from, instead of --init's;
+    job.smallest(progress), the smallest crop; job.weights(images, classes), a context with other teacher's weights."""
     (parent, flags), device = choose_teacher(args), squeeze.pick_device()
     squeeze.fill(args, preset_of(args))
     squeeze.show(args)
@@ -363,9 +365,10 @@ def run(args, method, defaults, pairs_for):
     squeeze.check_data(data, teacher, parent_config)
     confidence, select, real = load_statistics(parent, parent_config, args.layers)
     job = Namespace(data=data, network=network, teacher=teacher, confidence=confidence, select=select,
-                    folder=parent / run_name(method, args, defaults),
+                    folder=parent / run_name(method, args, defaults), start=None, smallest=lambda progress: 0.08,
+                    weights=lambda *batch: contextlib.nullcontext(),
                     real={name: layer.to(device) for name, layer in real.items()})
-    job.pairs_of = pairs_for(args, job.real)               # refuses an unstable rate; the next line, a tiny alpha
+    prepare(job, args)                                     # refuses an unstable rate; the next line, a tiny alpha
     if args.iterations:
         with naming_alpha():
             spectral.matching(job.real, job.pairs_of(args.ipc - 1), args.signal, args.centred)(job.real)
@@ -382,8 +385,10 @@ def run(args, method, defaults, pairs_for):
 
 
 def main(argv):
+    def prepare(job, args):
+        job.pairs_of = lambda k: cfm_pairs(k, args)
     args = parse(argv)
-    run(args, args.filter, parse([]), lambda args, real: lambda k: cfm_pairs(k, args))
+    run(args, args.filter, parse([]), prepare)
 
 
 if __name__ == "__main__":
