@@ -26,7 +26,6 @@ import squeeze
 from spectral import gradient_descent, identity, low_pass, ridge
 from squeeze import BadInput, number
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The table: flags -> pairs (g, f) or (g, f_real, f_syn) as spectral.matching takes them. g: "I" matches filters
 # f(Psi), "diag" their diagonals, "x" signals f(Psi) Phi.
@@ -35,22 +34,18 @@ def dm(args):
     """Eq. 2: class means, || H^T Y - H_s^T Y_s ||. All-pass: nothing is weighted, so what is large dominates."""
     return [("x", identity)]
 
-
 def sre2l(args):
     """Eq. 3: BatchNorm's statistics, || diag FFC - diag FFC_s || + || mean - mean_s || of (here) convolution inputs."""
     return [("diag", low_pass), ("x", identity)]
-
 
 def dc(args):
     """Eq. 4-5: the gradient of a linear head is FFC W - FLC, so for any W the gradients differ by at most
     || FFC - FFC_s || ||W|| + || FLC - FLC_s ||. The bound is what is minimised."""
     return [("I", low_pass), ("x", identity)]
 
-
 def covm(args):
     """DM with covariance matching on top: DC's pairs, of the centred FFC."""
     return [("x", identity), ("I", low_pass)]
-
 
 def mtt(args):
     """Eq. 6-9: p steps of gradient descent on a linear head turn W_0 into
@@ -61,18 +56,15 @@ def mtt(args):
         return list(zip("Ix", gradient_descent(eta, args.p), gradient_descent(eta, args.q)))
     return pairs
 
-
 def frepo(args):
     """Eq. 10-14: kernel ridge regression, H H^T + beta I by its dual: || (FFC + beta I)^-1 FLC - (...)_s ||."""
     return [("x", ridge(args.beta))]
-
 
 # Which FLC they look at, and whether FFC is centred: DC, MTT and FrePo are derived for a linear head without bias, so
 # theirs is H^T H / n. CDA and DWA have SRe2L's pairs; RDED makes no step.
 METHODS = {"dm": (dm, "class", True), "sre2l": (sre2l, "mean", True), "dc": (dc, "class", False),
            "covm": (covm, "class", True), "mtt": (mtt, "class", False), "frepo": (frepo, "class", False),
            "cda": (sre2l, "mean", True), "dwa": (sre2l, "mean", True), "rded": (dm, "class", True)}
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the rivals change beside the pairs
@@ -81,7 +73,6 @@ def curriculum(progress):
     """CDA (Yin, Shen, 2023): the smallest crop, as share of the area, falls from 1 to 0.08 with a cosine: easy views
     first. progress: of a batch's iterations, 0 to 1; over all of them, as its authors run it."""
     return 0.08 + 0.92 * (1 + math.cos(math.pi * progress)) / 2
-
 
 @contextlib.contextmanager
 def adjusted(network, x, classes, rho=0.015, K=12):
@@ -102,7 +93,6 @@ def adjusted(network, x, classes, rho=0.015, K=12):
     finally:
         for weight, old in zip(weights, kept):
             weight.copy_(old)
-
 
 @torch.no_grad()
 def realistic_crops(job, args, candidates=300, crops=5):
@@ -128,7 +118,6 @@ def realistic_crops(job, args, candidates=300, crops=5):
         made.append(rearrange(chosen, "(gh gw n) c h w -> n c (gh h) (gw w)", gh=grid, gw=grid).to(torch.uint8).cpu())
     return lambda k, classes: torch.stack(made)[classes, k]
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The stage
 
@@ -147,7 +136,6 @@ def prepare(job, args):
             job.network, squeeze.normalise(images, job.teacher["mean"], job.teacher["std"]), classes)
     if args.method == "rded":
         job.start = realistic_crops(job, args)
-
 
 def parse(argv):
     parser = squeeze.Parser(__doc__)
@@ -172,11 +160,9 @@ def parse(argv):
         args.iterations, args.init = 0, "rded"
     return args
 
-
 def main(argv):
     args = parse(argv)
     recover.run(args, args.method, parse(["--method", args.method]), prepare)
-
 
 if __name__ == "__main__":
     squeeze.script(main)

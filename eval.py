@@ -29,11 +29,9 @@ from squeeze import BadInput, Namespace, number
 
 RECIPE = ("teacher", "validate", "epochs", "lr", "wd", "batch", "temperature", "schedule", "ema", "hard", "online")
 
-
 def learning_rate(progress, args):
     """Rate at `progress` in [0, 1]: a cosine to zero, or `stretched` to end at half the rate (the authors' code)."""
     return args.lr * (1 + math.cos(math.pi * progress / (2 if args.schedule == "stretched" else 1))) / 2
-
 
 def student_loss(logits, target, args):
     """KL(teacher || student) at temperature T, mean over the batch; --hard: cross-entropy to CutMix's mixed labels."""
@@ -41,7 +39,6 @@ def student_loss(logits, target, args):
         return F.cross_entropy(logits, target)
     student, teacher = F.log_softmax(logits / args.temperature, 1), F.log_softmax(target / args.temperature, 1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-
 
 def answers(job, args):
     """answer(epoch, views) -> what the students are to say to an epoch's views, [N, K]: the stored logits; with
@@ -61,7 +58,6 @@ def answers(job, args):
         return relabel.read_epoch(folder, job.labels, epoch, K).to(device)
     return answer
 
-
 def make_student(job, args, seed):
     """(student, its average, optimiser). The average's decay after n steps is min(ema, (1 + n) / (10 + n)): with a
     constant one, 9 % of the random start would be left after 240 steps."""
@@ -74,7 +70,6 @@ def make_student(job, args, seed):
         n = job.step
         get_ema_multi_avg_fn(min(args.ema, (1 + n) / (10 + n)))(averages, weights, count)
     return student, AveragedModel(student, multi_avg_fn=update, use_buffers=True), optimizer
-
 
 def train_epoch(job, args, student, average, optimizer, epoch):
     """One epoch of a student on its views and labels. Returns the last step's loss."""
@@ -95,7 +90,6 @@ def train_epoch(job, args, student, average, optimizer, epoch):
         optimizer.step()
         average.update_parameters(student)
     return loss
-
 
 def train_student(job, args, seed, checkpoint):
     """One student, from scratch or from its checkpoint (of at most a minute ago): (student, averaged student, seconds).
@@ -124,7 +118,6 @@ def train_student(job, args, seed, checkpoint):
         raise BadInput(f"--lr {args.lr}: the student's weights are not finite: use a lower one")
     return student, average.module, before + time.time() - start
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # One row of the table: all seeds of one student network on one run
 
@@ -149,7 +142,6 @@ def label_source(run, content, config, args):
     relabel.check_labels(folder, labels["settings"], len(content["images"]), len(content["classes"]))
     return labels["settings"], labels["artefacts"]["soft_labels.npy"], labels["results"]["label_bytes"]
 
-
 def test_set(run, args, device):
     """The data set of a run, checked to be the teacher's, its test split in memory if it is small. --validate: held-out
     training images, which the teacher must not have seen."""
@@ -163,14 +155,12 @@ def test_set(run, args, device):
     squeeze.check_data(data, content, config)
     return data._replace(test=squeeze.in_memory(data, data.test, device))
 
-
 def recipe(argv, dataset, N, epochs):
     """The flags of a recipe, resolved for N images: few are trained in small batches, as in the authors' code."""
     few, small, large = squeeze.PRESETS[dataset]["batch"]
     args = squeeze.fill(parse(argv), dict(epochs=epochs, batch=small if N <= few else large))
     args.batch = min(args.batch, N)
     return args
-
 
 def evaluate(run, network, data, source, argv):
     """result.json after each seed. source: label_source's. Returns the row of the table."""
@@ -205,7 +195,6 @@ def evaluate(run, network, data, source, argv):
             checkpoint.unlink(missing_ok=True)
     return row
 
-
 def summary(seeds):
     """Mean and deviation (of the sample; 0 for one seed) over seeds of both students."""
     out = {"seconds": sum(seed["seconds"] for seed in seeds)}
@@ -213,7 +202,6 @@ def summary(seeds):
         scores = np.array([seed[kind] for seed in seeds])
         out[kind], out[kind + "_std"] = scores.mean(), scores.std(ddof=1) if len(scores) > 1 else 0.0
     return out
-
 
 def export(run, target):
     """The run's images as lossless PNGs, target/<class>/<position>.png, as torchvision's ImageFolder reads them."""
@@ -230,7 +218,6 @@ def export(run, target):
     except OSError as error:
         raise BadInput(f"--export {target}: cannot be written ({error.strerror}): name another folder") from error
     print(f"exported {sum(seen)} images to {target}")
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # --report: what the images look like, in numbers and pictures (paper, Section 4)
@@ -249,7 +236,6 @@ def radial_psd(images):
     total, count = (torch.zeros(ring.max() + 1).index_add_(0, ring, v) for v in (power.flatten(), torch.ones(S * S)))
     return torch.arange(1, inside), (total / count)[1:inside], power[radius > S / 4].sum().item()
 
-
 @torch.no_grad()
 def intra_class_similarity(network, content, device, batch=500):
     """Mean cosine similarity of the teacher's last features over the pairs of a class, then over classes."""
@@ -264,7 +250,6 @@ def intra_class_similarity(network, content, device, batch=500):
         if (n := len(mine)) > 1:
             out.append(((mine @ mine.T).sum() - n) / (n * (n - 1)))      # without each image's similarity to itself
     return torch.stack(out).mean().item() if out else None
-
 
 def svg(path, curves, title, x_label, y_label):
     """{label: (x, y)} as one log-log line chart; polylines and text, no plotting package."""
@@ -290,7 +275,6 @@ def svg(path, curves, title, x_label, y_label):
                    f'<text x="484" y="{56 + 18 * i}" fill="{colour}">{label}</text>')
     path.write_text("\n".join(out) + "\n</svg>\n")
 
-
 def responses(args, layer):
     """{label: f(lambda)} of a recover or baselines run over the real spectrum of a layer; empty for real images."""
     if args.iterations == 0:
@@ -305,7 +289,6 @@ def responses(args, layer):
         curves = {"": recover.cfm_pairs(0, args)[0][1]}
     lam = torch.linalg.eigvalsh(psi).clamp(min=0)
     return {label: (lam.tolist(), f(lam[None])[0].tolist()) for label, f in curves.items()}
-
 
 def report(runs, device):
     """report.json, psd.svg, filters.svg, grid.png and rounds-<run>.png of one teacher's runs, in its report/."""
@@ -343,7 +326,6 @@ def report(runs, device):
         print(f"{name:34s} {100 * row['high_share']:14.2f} % {row['similarity'] or math.nan:11.3f} "
               f"{row['seconds'] or 0:8.0f}")
     print(f"pictures: {folder}; grid.png has two rows a run, its first and its last round")
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The stage
@@ -383,7 +365,6 @@ def parse(argv):
         raise BadInput("--export has no effect with --report: leave one out")
     return args
 
-
 def show_table(table, args):
     print("\n%-44s %-24s %-13s %2s %13s %13s %10s %10s %8s" % ("run", "labels of", "student", "n", "averaged", "raw",
                                                                "images", "labels", "time"))
@@ -396,7 +377,6 @@ def show_table(table, args):
     print(f"top-1 {'held-out' if args.validate else 'test'} accuracy in %, last epoch, mean and deviation over n seeds"
           f"; peak memory {squeeze.peak_memory(squeeze.pick_device()):.0f} MB\n"
           "next: the same with recover.py --iterations 0, the honest rival")
-
 
 def main(argv):
     args, device, jobs, sources, table = parse(argv), squeeze.pick_device(), [], {}, []
@@ -422,7 +402,6 @@ def main(argv):
     for run, network in jobs:
         table.append((run, network, evaluate(run, network, sets[run], sources[run], argv)))
     show_table(table, args)
-
 
 if __name__ == "__main__":
     squeeze.script(main)

@@ -32,7 +32,6 @@ import spectral
 import squeeze
 from squeeze import BadInput, Namespace, number
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # One batch
 
@@ -46,7 +45,6 @@ def random_views(rng, T, B, size, device, smallest=0.08):
     def view(images, t):                                   # rolling the grid rolls the view
         return squeeze.resample(images, squeeze.crop_grid(boxes[t], flips[t], size).roll(rolls[t], (1, 2)))
     return view
-
 
 def optimise(images, losses, view, args, job):
     """T Adam steps on uint8 images [B, 3, S, S]; returns what they became. losses(x): cross-entropy and matching
@@ -67,18 +65,15 @@ def optimise(images, losses, view, args, job):
             job.report(t + 1, entropy.item(), matching.item(), images.isfinite().all().item())
     return to_uint8(images.detach(), teacher)
 
-
 def to_uint8(images, teacher):
     """Normalised [B, 3, S, S] -> uint8 levels, rounded (a truncating cast would darken by half a level)."""
     mean, std = (torch.tensor(teacher[v], device=images.device).view(1, 3, 1, 1) for v in ("mean", "std"))
     return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).contiguous()
 
-
 def step_of(b, args):
     """How batch b = 1, 2, ... joins those before it (see spectral.merge): as if all feature vectors were one set,
     None, or by Eq. 17, b. For H^T H / n both are the same."""
     return b if args.emu == "paper" and args.centred and b > 1 else None
-
 
 @torch.no_grad()
 def view_statistics(images, network, layers, view, teacher, args):
@@ -94,7 +89,6 @@ def view_statistics(images, network, layers, view, teacher, args):
         seen = spectral.merge(seen, layers, step_of(t + 1, args))
     return {name: layer._replace(count=layer.count // T) for name, layer in seen.items()}      # they weigh as one batch
 
-
 @contextlib.contextmanager
 def naming_alpha():
     """spectral.matching's refusal of an alpha that the precision does not resolve, with the flag's name."""
@@ -102,7 +96,6 @@ def naming_alpha():
         yield
     except ValueError as error:
         raise BadInput(f"--alpha-max (or --beta): {error}") from error
-
 
 def make_batch(job, args, images, classes, memory, rng):
     """Optimise the starting images [B, 3, S, S] of `classes` [B]; EMU's memory then holds them too. uint8 to uint8."""
@@ -123,7 +116,6 @@ def make_batch(job, args, images, classes, memory, rng):
             memory["layers"] = spectral.merge(old, seen, step)
     return images
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # All batches
 
@@ -133,7 +125,6 @@ def initial_images(data, index, k, classes, args, rng):
         return squeeze.take(data, data.train, index[k, classes])
     noise = rng.normal(127.5, 64, (len(classes), 3, data.size, data.size))
     return torch.from_numpy(noise.clip(0, 255).astype(np.uint8))
-
 
 def starting_images(data, ipc, confidence=None):
     """index [ipc, K]: row k holds the position of the k-th training image of every class; with confidence [n], of the
@@ -148,24 +139,21 @@ def starting_images(data, ipc, confidence=None):
         columns.append(own[:ipc])
     return torch.stack(columns, 1)
 
-
 def resumed(folder, device):
     """What a killed run left: batches done, the bytes of their images and these bytes' CRC, their statistics together
     (EMU) and the seconds they took."""
     if not (folder / "memory.pt").is_file():
         return dict(b=0, bytes=0, crc=0, layers={}, seconds=0.0)
-    memory, raw, crc, left = squeeze.load_state(folder / "memory.pt"), folder / "images.raw", 0, 0
-    if raw.is_file():
-        with open(raw, "rb") as file:
-            left = memory["bytes"]
-            while left and (block := file.read(min(left, 1 << 20))):
-                crc, left = zlib.crc32(block, crc), left - len(block)
-    if left or crc != memory["crc"]:
+    memory, raw = squeeze.load_state(folder / "memory.pt"), folder / "images.raw"
+    try:
+        whole = zlib.crc32(np.memmap(raw, mode="r", shape=(memory["bytes"],))) == memory["crc"]
+    except (OSError, ValueError):                          # missing or too short
+        whole = False
+    if not whole:
         raise BadInput(f"{raw}: not the {memory['b']} batches that memory.pt counts: remove {folder} and start again")
     print(f"resuming after batch {memory['b']}")
     memory["layers"] = {name: spectral.Statistics(*parts).to(device) for name, parts in memory["layers"].items()}
     return memory
-
 
 def store(folder, memory, images, seconds):
     """Put a finished batch's images behind those before it, and count it in memory.pt once they are on the disk."""
@@ -178,13 +166,11 @@ def store(folder, memory, images, seconds):
     layers = {name: tuple(layer) for name, layer in memory["layers"].items()}
     squeeze.save(folder / "memory.pt", {**memory, "layers": layers})
 
-
 def what_broke(job, entropy, matching, pixels):
     """(which terms are not finite, the first layer whose statistics are not), in words."""
     terms = {"cross-entropy": math.isfinite(entropy), "pixels": pixels, "matching loss": math.isfinite(matching)}
     layers = [name for name, layer in job.layers.items() if not (layer.mean + layer.ffc).isfinite().all()]
     return ", ".join(term for term, fine in terms.items() if not fine), (layers or ["(none: a filter)"])[0]
-
 
 def distil(job, args):
     """Make all batches of a run, round by round. A finished one goes to images.raw at once, and memory.pt says how many
@@ -229,7 +215,6 @@ def distil(job, args):
         store(job.folder, memory, images, before + time.time() - start)
     return memory["seconds"]
 
-
 def finish(folder, config, teacher, args, seconds):
     """images.raw becomes images.pt, with all that is needed to use it, and preview.png (rows = classes)."""
     K, S, n = len(teacher["classes"]), teacher["size"], args.ipc * len(teacher["classes"])
@@ -244,7 +229,6 @@ def finish(folder, config, teacher, args, seconds):
     for name in ("images.raw", "memory.pt"):
         (folder / name).unlink()
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The stage
 
@@ -257,7 +241,6 @@ def cfm_pairs(k, args):
         alpha = args.alpha_max / 100 if args.filter == "high" else None
     filter_pair, signal_pair = spectral.cfm_pairs(alpha)
     return {"filter": [filter_pair], "signal": [signal_pair], "both": [filter_pair, signal_pair]}[args.loss]
-
 
 def add_flags(parser):
     """The flags that recover.py and baselines.py share."""
@@ -279,7 +262,6 @@ def add_flags(parser):
         "(default), Eq. 17 (--preset paper), or none (the authors' code unless asked)")
     add("--seed", type=number(int, 0), default=0, help="default 0")
 
-
 def parse(argv):
     parser = squeeze.Parser(__doc__)
     add_flags(parser)
@@ -298,14 +280,12 @@ def parse(argv):
     args.centred, args.layers = True, "conv"
     return args
 
-
 def preset_of(args):
     """What flags left out take: the paper's settings, or ours where we have some. Zero iterations are the honest rival
     under both, the first real images of each class."""
     preset = squeeze.PRESETS[args.dataset]
     ours = preset["ours"] if args.preset == "ours" and args.iterations != 0 else {}
     return {**preset["recover"], **ours, "network": preset["network"]}
-
 
 def run_name(method, args, defaults):
     """The run's folder: method and IPC, then every setting that is not the default, so that no two runs share one."""
@@ -314,7 +294,6 @@ def run_name(method, args, defaults):
     hidden = ("dataset", "data", "network", "teacher", "ipc", "filter", "method", "centred", "resume")
     defaults = {**vars(defaults), **preset_of(args)}
     return "-".join([method, f"ipc{args.ipc}", *squeeze.changed(vars(args), defaults, hidden)])
-
 
 def choose_teacher(args):
     """The folder of the squeeze run to use and the flags that make it; what --teacher implies is filled into args."""
@@ -331,7 +310,6 @@ def choose_teacher(args):
              "--data", args.data or "data"]
     return squeeze.teacher_folder(squeeze.parse(flags)), flags
 
-
 def load_statistics(parent, config, layers):
     """What squeeze.py found: (confidence [n], which layers to match, their real side {name: Statistics})."""
     found = squeeze.load(parent, "statistics.pt", config)
@@ -341,7 +319,6 @@ def load_statistics(parent, config, layers):
     return found["confidence"], last if layers == "last" else spectral.is_main_convolution, {
         name: spectral.Statistics(**layer) for name, layer in found["layers"].items()
         if last(name, None) == (layers == "last")}
-
 
 def run(args, method, defaults, prepare):
     """The stage after its flags, for recover.py and baselines.py. defaults: args with no flag given. prepare(job, args)
@@ -383,13 +360,11 @@ def run(args, method, defaults, prepare):
           f"{squeeze.peak_memory(device):.0f} MB; look at {job.folder / 'preview.png'}\n"
           f"next: python eval.py {job.folder}")
 
-
 def main(argv):
     def prepare(job, args):
         job.pairs_of = lambda k: cfm_pairs(k, args)
     args = parse(argv)
     run(args, args.filter, parse([]), prepare)
-
 
 if __name__ == "__main__":
     squeeze.script(main)

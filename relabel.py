@@ -27,7 +27,6 @@ from torchvision import transforms as T
 import squeeze
 from squeeze import BadInput, Namespace, number
 
-
 class Views(NamedTuple):
     """One random view of each of N images."""
     boxes: torch.Tensor         # [N, 4] crop: centre x, centre y, width, height, as fractions of the image
@@ -37,7 +36,6 @@ class Views(NamedTuple):
 
     def to(self, device):
         return Views(*(field.to(device) for field in self))
-
 
 def draw_views(seed, epoch, N, size, scale):
     """The views of one epoch. Image i has row i of the stream of (seed, epoch): no batch, order or device enters.
@@ -51,14 +49,12 @@ def draw_views(seed, epoch, N, size, scale):
     return Views(squeeze.crop_boxes(u[:, :4], (scale, 1)), torch.from_numpy(u[:, 4] < 0.5),
                  torch.from_numpy((u[:, 8] * N).astype(np.int64)), torch.from_numpy(patch))
 
-
 def patch_mask(patch, size):
     """bool [B, 1, S, S]: true where the partner's view is pasted."""
     span = torch.arange(size, device=patch.device)
     left, top, right, bottom = (side.view(-1, 1) for side in patch.unbind(1))
     inside_x, inside_y = (span >= left) & (span < right), (span >= top) & (span < bottom)
     return (inside_y[:, :, None] & inside_x[:, None, :])[:, None]
-
 
 def render(images, views, index):
     """The views of images[index]: float [B, 3, S, S] in levels 0..255. images: uint8 [N, 3, S, S]."""
@@ -67,7 +63,6 @@ def render(images, views, index):
     own, pasted = squeeze.resample(images[both].float(), grid).chunk(2)
     return torch.where(patch_mask(views.patch[index], size), pasted, own)
 
-
 @torch.no_grad()
 def soft_labels(network, teacher, images, views, batch):
     """The teacher's logits for one epoch's views of all images, in order: yields float32 [B, K] on the device."""
@@ -75,7 +70,6 @@ def soft_labels(network, teacher, images, views, batch):
         with squeeze.autocast(network):
             logits = network(squeeze.normalise(render(images, views, index), teacher["mean"], teacher["std"]))
         yield logits.float()
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Labels on disk: an epoch at a time is mapped, written or read, and let go, so that memory does not grow with the
@@ -92,17 +86,14 @@ def compress(logits, k, temperature=20.0):
     rest = temperature * (torch.logsumexp(rest / temperature, 1, keepdim=True) - math.log(count))
     return torch.cat([top, rest.nan_to_num(neginf=-6e4)], 1), classes.short()
 
-
 def expand(values, classes, K):
     """What compress left, as logits [N, K]."""
     return values[:, -1:].repeat(1, K).scatter(1, classes.long(), values[:, :-1])
-
 
 def label_folder(run, teacher):
     """Where a run's labels by `teacher` lie, a folder of squeeze.py; None: the teacher whose spectra were matched."""
     own = teacher is None or Path(teacher).resolve() == Path(run).resolve().parent
     return Path(run) / ("labels" if own else f"labels-{Path(teacher).resolve().name}")
-
 
 def labeller(run, config, teacher):
     """(folder, config) of the teacher that labels, checked to know the run's data set, image by image."""
@@ -112,7 +103,6 @@ def labeller(run, config, teacher):
         raise BadInput(f"--teacher {parent}: other training images than those of {run}: name one of the same data")
     return parent, found
 
-
 def read_epoch(folder, settings, epoch, K):
     """The stored logits for an epoch of training, float32 [N, K]; with --keep-epochs E', epoch e is e mod E'."""
     stored = epoch % settings["keep_epochs"]
@@ -121,13 +111,11 @@ def read_epoch(folder, settings, epoch, K):
         return values
     return expand(values, torch.from_numpy(np.load(folder / "top_classes.npy", mmap_mode="r")[stored].copy()), K)
 
-
 def arrays_of(settings, N, K):
     """{file: (shape, dtype)} of the labels that settings ask for."""
     E, k = settings["keep_epochs"], settings["top_k"]
     arrays = {"soft_labels.npy": ((E, N, k + 1 if k else K), np.float16)}
     return {**arrays, "top_classes.npy": ((E, N, k), np.int16)} if k else arrays
-
 
 def check_labels(folder, settings, N, K):
     """Refuse stored labels that do not fit the run, whatever their config says."""
@@ -142,7 +130,6 @@ def check_labels(folder, settings, N, K):
             raise BadInput(f"{folder / name}: not finite labels {list(shape)} of {K} classes: remove {folder} and "
                            "relabel")
 
-
 def epochs_done(paths):
     """How many epochs a killed run left whole: those whose stored bytes have the CRC that log.jsonl tells."""
     done = 0
@@ -155,7 +142,6 @@ def epochs_done(paths):
     except (OSError, ValueError, KeyError, IndexError):    # nothing there yet, or something broken: from here on anew
         pass
     return done
-
 
 def write(folder, arrays, label, args):
     """All epochs in order; a killed run goes on after the last whole one. arrays: {file: (shape, dtype)}; label(epoch):
@@ -183,7 +169,6 @@ def write(folder, arrays, label, args):
     for name, path in zip(arrays, paths):
         path.replace(folder / name)                        # in place already if it was killed between here and the end
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The stage
 
@@ -200,7 +185,6 @@ def load_run(run):
                        "std, as recover.py writes them: make it again")
     return content, config, parent
 
-
 def fits(content, size):
     """Whether images.pt, which may be a stranger's, holds what later stages rely on."""
     try:
@@ -214,7 +198,6 @@ def fits(content, size):
                 and content["precision"] in ("float32", "bfloat16"))
     except Exception:                                      # it may be anything
         return False
-
 
 def import_images(parent, source, resume):
     """Make a run folder inside the squeeze run `parent` out of an image folder source/<class>/*: returns its path.
@@ -254,7 +237,6 @@ def import_images(parent, source, resume):
     print(f"images: {len(images)} from {source}, in {folder}")
     return str(folder)
 
-
 def parse(argv):
     parser = squeeze.Parser(__doc__)
     add = parser.add_argument_group("what").add_argument
@@ -270,7 +252,6 @@ def parse(argv):
     add("--seed", type=number(int, 0), default=0, help="of the views (default 0)")
     return parser.parse_args(argv)
 
-
 def main(argv):
     args = parse(argv)
     stage = "squeeze" if args.images else "recover"
@@ -284,7 +265,6 @@ def main(argv):
     run, args.images = import_images(args.run, args.images, args.resume) if args.images else args.run, None
     make(run, args)
 
-
 def ensure(run, teacher, epochs, resume):
     """Make the labels of a run that has none, or the rest of unfinished ones if asked to resume."""
     folder = label_folder(run, teacher)
@@ -295,7 +275,6 @@ def ensure(run, teacher, epochs, resume):
     elif not (config := squeeze.read_config(folder, "relabel", resume))["artefacts"]:
         print(f"{folder}: unfinished, so its relabelling goes on first", flush=True)
         make(run, Namespace(**config["settings"], resume=True))
-
 
 def make(run, args):
     """The stage after its flags: also what eval.py calls for missing or unfinished labels."""
@@ -327,7 +306,6 @@ def make(run, args):
     print(f"labels: {folder / 'soft_labels.npy'}, {size / 1e6:.2f} MB, peak memory "
           f"{squeeze.peak_memory(device):.0f} MB\nnext: python eval.py {run}"
           + (f" --teacher {args.teacher}" if args.teacher else ""))
-
 
 if __name__ == "__main__":
     squeeze.script(main)

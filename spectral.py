@@ -47,7 +47,6 @@ single = lambda x: x.float() if x.dtype in (torch.float16, torch.bfloat16) else 
 full_precision = lambda x: torch.autocast(x.device.type, enabled=False)
 blocks = lambda X, mean: (single(block) - mean for block in X.split(max(4096, len(X) // 16)))
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Features, the inputs of a frozen network's modules, and their FFC and FLC (Eq. 15-16)
 
@@ -56,7 +55,6 @@ def is_main_convolution(name: str, module: nn.Module) -> bool:
     >>> is_main_convolution("layer1.0.conv1", nn.Conv2d(3, 8, 3)), is_main_convolution("fc", nn.Linear(3, 8))
     (True, False)"""
     return isinstance(module, nn.Conv2d) and "downsample" not in name and "shortcut" not in name
-
 
 @contextmanager
 def collect_inputs(network: nn.Module, select: Callable = is_main_convolution, transform: Callable = lambda x: x,
@@ -102,7 +100,6 @@ def collect_inputs(network: nn.Module, select: Callable = is_main_convolution, t
             hooks.enter_context(register(lambda *args, name=name: hook(name, *args), with_kwargs=True))
         yield layers
 
-
 def layout_of(name, module, x):
     convolution = isinstance(module, nn.modules.conv._ConvNd) and x.ndim == len(module.kernel_size) + 2
     last = isinstance(module, nn.Linear) or isinstance(module, nn.RNNBase) and module.batch_first
@@ -111,7 +108,6 @@ def layout_of(name, module, x):
                          "certain: say map (channels first) or tokens (last)")
     return "plain" if x.ndim == 2 else "map" if convolution else "tokens"
 
-
 def rows(features, layout=None):
     """Features as the rows of X [n, C]. layout: "plain" [B, C]; "map" [B, C, ...] with one to three axes of pixels;
     "tokens" [B, ..., C], channels-last maps too; None: plain or map by two or four axes. ValueError otherwise."""
@@ -119,7 +115,6 @@ def rows(features, layout=None):
     if layout not in LAYOUTS or features.ndim not in ((2,) if layout == "plain" else (3, 4, 5)) or not features.numel():
         raise ValueError(f"layout {layout!r} found for features {tuple(features.shape)}, must be one of {LAYOUTS}")
     return rearrange(features, LAYOUTS[layout])
-
 
 class Statistics(NamedTuple):
     """What is kept of a layer: of a batch (with gradient), of a set, of the finished batches."""
@@ -137,7 +132,6 @@ class Statistics(NamedTuple):
         """H^T H / n = Psi + m m^T. Eq. 15-18 (CFM) and covariance matching centre, so a direction counts by how much
         features vary along it; for a linear head without bias (Eq. 4-14: DC, MTT, FrePo) the mean is one more."""
         return self.ffc + self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
-
 
 class _Covariance(torch.autograd.Function):
     """X [n, C] -> covariance [C, C], mean [C], in float32 or better, of centred rows, or a mean of many deviations
@@ -162,7 +156,6 @@ class _Covariance(torch.autograd.Function):
             A = (G + G.T) / len(X)
             return torch.addmm(g / len(X) - A @ mean, single(X), A).to(X.dtype)
 
-
 def moments(features: Tensor, labels: Tensor | None = None, layout: str | None = None) -> Statistics:
     """The Statistics of one batch, with gradient: Psi = X^T X / n - m m^T and m = X^T 1 / n (Eq. 15-16).
     X [n, C]: the `rows` of features in layout. labels: Y [B, K], one-hot or soft, for the class-wise FLC H^T Y / B. In
@@ -178,7 +171,6 @@ def moments(features: Tensor, labels: Tensor | None = None, layout: str | None =
             raise ValueError(f"labels must be [B, K], B = {len(features)} (one-hot), found {tuple(labels.shape)}")
         H, Y = rearrange(single(X), "(b p) c -> b p c", b=len(labels)).mean(1), labels.to(single(X))
         return Statistics(len(X), mean, psi, H.T @ Y / len(H), Y.mean(0))
-
 
 def merge(a, b, step: int | None = None):
     """The Statistics of two disjoint sets together, exactly, in any split and order (Chan, Golub, LeVeque 1979):
@@ -199,7 +191,6 @@ def merge(a, b, step: int | None = None):
     mean, psi, *labelled = (None if x is None or y is None else torch.lerp(x, y, w) for x, y in zip(a[1:], b[1:]))
     return Statistics(n, mean, psi + between, *labelled)
 
-
 @torch.no_grad()
 def real_statistics(network: nn.Module, batches: Iterable, K: int, select: Callable = is_main_convolution,
                     forward: Callable | None = None, **more) -> dict:
@@ -219,7 +210,6 @@ def real_statistics(network: nn.Module, batches: Iterable, K: int, select: Calla
         raise ValueError("batches: none found")
     return layers
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Filters f(FFC) = U f(Lambda) U^T: functions of the eigenvalues. Where f(FFC) can be had without eigenvalues, f carries
 # that shortcut as f.matrix. identity: f = 1, all-pass (DM); low_pass: f = lambda (SRe2L, DC, CovM).
@@ -227,7 +217,6 @@ def real_statistics(network: nn.Module, batches: Iterable, K: int, select: Calla
 identity, low_pass = (lambda lam: torch.ones_like(lam)), (lambda lam: lam)
 identity.matrix = lambda psi: torch.eye(psi.shape[-1], dtype=psi.dtype, device=psi.device).expand_as(psi)
 low_pass.matrix = lambda psi: psi
-
 
 def ridge(alpha: float) -> Callable:
     """f = 1 / (lambda + alpha), high-pass: flat below alpha, falling above (FrePo, CFM). ValueError unless alpha > 0.
@@ -239,7 +228,6 @@ def ridge(alpha: float) -> Callable:
     f.matrix, f.alpha = lambda psi: _Ridge.apply(psi, alpha), alpha
     return f
 
-
 def gradient_descent(eta: float | Tensor, p: int) -> tuple[Callable, Callable]:
     """What p steps of gradient descent at rate eta leave of the start, f = (1 - eta lambda)^p, and what they learn (Eq.
     8), f = eta sum_{i<p} (1 - eta lambda)^i = (1 - (1 - eta lambda)^p) / lambda, summed: right at 0 too. Stable for
@@ -250,7 +238,6 @@ def gradient_descent(eta: float | Tensor, p: int) -> tuple[Callable, Callable]:
         raise ValueError(f"eta must be > 0 and p a whole number >= 1, found eta = {eta}, p = {p}")
     return (lambda lam: ((1 - eta * lam) ** p).to(lam.dtype),
             lambda lam: sum(eta * (1 - eta * lam) ** i for i in range(p)).to(lam.dtype))
-
 
 class _SpectralFilter(torch.autograd.Function):
     """Autograd's eigh divides by lambda_i - lambda_j and is useless at repeated eigenvalues. The derivative of f(Psi)
@@ -284,7 +271,6 @@ class _SpectralFilter(torch.autograd.Function):
         with full_precision(G):
             return U @ (torch.where((a == b) | agree, trapezoid + correction, difference) * (U.mT @ G @ U)) @ U.mT, None
 
-
 class _Ridge(torch.autograd.Function):
     """F = (Psi + alpha I)^-1 by Cholesky; dF = -F dPsi F, so the backward is two products and no factorisation."""
     generate_vmap_rule = True
@@ -306,7 +292,6 @@ class _Ridge(torch.autograd.Function):
         with full_precision(G):
             return -F @ ((G + G.mT) / 2) @ F, None
 
-
 def spectral_filter(ffc: Tensor, f: Callable) -> Tensor:
     """f(Psi) = U diag(f(lambda)) U^T [..., C, C] for symmetric ffc and any differentiable f on the eigenvalues.
     By f.matrix where f has it, else by eigh. Differentiable in ffc, at repeated eigenvalues too (not in what f holds);
@@ -319,7 +304,6 @@ def spectral_filter(ffc: Tensor, f: Callable) -> Tensor:
     with full_precision(ffc):
         psi = (single(ffc) + single(ffc).mT) / 2
         return f.matrix(psi) if hasattr(f, "matrix") else _SpectralFilter.apply(psi, f)
-
 
 def ridge_filter(ffc: Tensor, alpha: float) -> Tensor:
     """F = (Psi + alpha I)^-1 [..., C, C] (Eq. 18) by Cholesky: the filter of CFM's pairs. ValueError unless alpha > 0.
@@ -337,7 +321,6 @@ def ridge_filter(ffc: Tensor, alpha: float) -> Tensor:
     tensor([0.8000, 0.8000])"""
     return spectral_filter(ffc, ridge(alpha))
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Curriculum Frequency Matching, and the objective of Eq. 1
 
@@ -350,14 +333,12 @@ def alpha_schedule(k: int, T: int, alpha_max: float, kind: str = "cosine") -> fl
         raise ValueError(f"0 <= k < T and kind cosine, linear or constant; found k = {k}, T = {T}, kind = {kind!r}")
     return alpha_max * {"cosine": (1 + math.cos(math.pi * k / T)) / 2, "linear": 1 - k / T, "constant": 1.0}[kind]
 
-
 def cfm_pairs(alpha: float | None) -> list:
     """The pairs (g, f) of CFM, Eq. 19-20; alpha None: of its low-pass ablation, f = lambda.
     >>> [g for g, f in cfm_pairs(0.1)]
     ['I', 'x']"""
     f = low_pass if alpha is None else ridge(alpha)
     return [("I", f), ("x", f)]
-
 
 def filtered(layers, pairs, signal="mean", centred=True, side=0):
     """(pairs, what each of them compares) for a stack of layers [Statistics, ...] of equal C: f(Psi) [L, C, C], its
@@ -374,7 +355,6 @@ def filtered(layers, pairs, signal="mean", centred=True, side=0):
         F = filters[f] = filters[f] if f in filters else spectral_filter(psi, f)      # CFM's two pairs share one
         out.append(F if g == "I" else F.diagonal(0, -2, -1)[..., None] if g == "diag" else F @ phi)
     return pairs, out
-
 
 def matching(real: dict, pairs: list | Callable, signal: str = "mean", centred: bool = True) -> Callable:
     """The objective: loss(layers, memory={}, step=None) -> sum over layers and pairs of

@@ -26,6 +26,7 @@ import zipfile
 from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -41,42 +42,33 @@ import spectral
 
 try:
     import fcntl
-    import resource
 except ImportError:                                        # Windows
     fcntl = None
 
 # One row a data set: what it is, then each stage's settings (paper, Tables 9-12, and the authors' code for views,
-# labels and students; toy is ours). `ours`: what did better than the paper's where it was measured (README). batch:
-# (limit, small, large): up to `limit` images, students take `small` a step, else `large`. Mean and deviation live here
-# and in teacher.pt, nowhere else: every stage normalises with the teacher's. A new data set is a row here and a
-# function in LOADERS.
-PAPER = dict(gamma=0.1, init="real", emu="paper")
+# labels and students; toy is ours). `ours`: what did better than the paper's where it was measured (README). batch: (limit,
+# small, large): up to `limit` images, students take `small` a step, else `large`. Mean and deviation live here and in
+# teacher.pt, nowhere else: every stage normalises with the teacher's. A new data set is a row here and a function in
+# LOADERS.
+RECOVER = dict(alpha_max=0.1, iterations=1000, lr=0.1, batch=200, gamma=0.1, init="real", emu="paper")
+SMALL = dict(epochs=100, lr=0.1, wd=5e-4, batch=128, schedule="cosine", augment="crop")
+LARGE = dict(epochs=90, lr=0.1, wd=1e-4, batch=256, schedule="cosine", augment="resized")
 CIFAR = dict(size=32, network="resnet18", relabel=dict(epochs=1000, scale=0.08),
              ours=dict(init="confident", iterations=100, lr=0.02, gamma=10.0, emu="pool"))
-IMAGENET = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], size=224, network="resnet18")
+FOLDER = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], size=224, network="resnet18", ours=dict(emu="pool"),
+              squeeze=LARGE, recover=RECOVER, relabel=dict(epochs=300, scale=0.5), batch=(0, 100, 100))
 PRESETS = {
     "toy": dict(mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25], size=32, network="convnet", ours=dict(emu="pool"),
-                squeeze=dict(epochs=4, lr=0.05, wd=5e-4, batch=50, schedule="cosine", augment="crop"),
-                recover=dict(alpha_max=0.1, iterations=100, lr=0.1, batch=10, **PAPER),
+                squeeze=dict(SMALL, epochs=4, lr=0.05, batch=50), recover=dict(RECOVER, iterations=100, batch=10),
                 relabel=dict(epochs=60, scale=0.08), batch=(0, 25, 25)),
-    "cifar10": dict(**CIFAR, mean=[0.4914, 0.4822, 0.4465], std=[0.2470, 0.2435, 0.2616],
-                    squeeze=dict(epochs=200, lr=0.1, wd=5e-4, batch=128, schedule="cosine", augment="crop"),
-                    recover=dict(alpha_max=0.1, iterations=1000, lr=0.25, batch=10, **PAPER), batch=(100, 50, 100)),
-    "cifar100": dict(**CIFAR, mean=[0.5071, 0.4865, 0.4409], std=[0.2673, 0.2564, 0.2762],
-                     squeeze=dict(epochs=100, lr=0.1, wd=5e-4, batch=128, schedule="cosine", augment="crop"),
-                     recover=dict(alpha_max=0.1, iterations=1000, lr=0.25, batch=100, **PAPER), batch=(1000, 100, 200)),
-    "tiny": dict(mean=[0.4802, 0.4481, 0.3975], std=[0.2770, 0.2691, 0.2821], size=64, network="resnet18",
-                 squeeze=dict(epochs=50, lr=0.2, wd=1e-4, batch=256, schedule="cosine", augment="resized"),
-                 recover=dict(alpha_max=1.0, iterations=1000, lr=0.1, batch=200, **PAPER), ours=dict(emu="pool"),
-                 relabel=dict(epochs=300, scale=0.5), batch=(0, 100, 100)),
-    "imagenet": dict(**IMAGENET,
-                     squeeze=dict(epochs=90, lr=0.1, wd=1e-4, batch=256, schedule="step", augment="resized"),
-                     recover=dict(alpha_max=0.1, iterations=1000, lr=0.1, batch=500, **PAPER), ours=dict(emu="pool"),
-                     relabel=dict(epochs=300, scale=0.5), batch=(0, 100, 100)),
-    "folder": dict(**IMAGENET,
-                   squeeze=dict(epochs=90, lr=0.1, wd=1e-4, batch=256, schedule="cosine", augment="resized"),
-                   recover=dict(alpha_max=0.1, iterations=1000, lr=0.1, batch=200, **PAPER), ours=dict(emu="pool"),
-                   relabel=dict(epochs=300, scale=0.5), batch=(0, 100, 100)),
+    "cifar10": dict(CIFAR, mean=[0.4914, 0.4822, 0.4465], std=[0.2470, 0.2435, 0.2616], batch=(100, 50, 100),
+                    squeeze=dict(SMALL, epochs=200), recover=dict(RECOVER, lr=0.25, batch=10)),
+    "cifar100": dict(CIFAR, mean=[0.5071, 0.4865, 0.4409], std=[0.2673, 0.2564, 0.2762], batch=(1000, 100, 200),
+                     squeeze=SMALL, recover=dict(RECOVER, lr=0.25, batch=100)),
+    "tiny": dict(FOLDER, mean=[0.4802, 0.4481, 0.3975], std=[0.2770, 0.2691, 0.2821], size=64,
+                 squeeze=dict(LARGE, epochs=50, lr=0.2), recover=dict(RECOVER, alpha_max=1.0)),
+    "imagenet": dict(FOLDER, squeeze=dict(LARGE, schedule="step"), recover=dict(RECOVER, batch=500)),
+    "folder": FOLDER,
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,7 +80,6 @@ class BadInput(ValueError):
     def __init__(self, message):                           # one line, whatever a stranger calls files and classes
         super().__init__("".join(c if c.isprintable() else "?" for c in message))
 
-
 class Parser(argparse.ArgumentParser):
     """argparse with the first two paragraphs of a script's docstring as help, and one-line errors like all others."""
 
@@ -99,7 +90,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise BadInput(f"{message} (see --help)")
 
-
 def number(kind, low, strict=False):
     """An argparse type: an int or float that is >= low (> low if strict)."""
     def parse(text):
@@ -109,7 +99,6 @@ def number(kind, low, strict=False):
         return value
     parse.__name__ = kind.__name__                         # argparse names it for what is no number
     return parse
-
 
 def script(main):
     """Run a stage's main(): what the user can mend becomes one line on stderr and exit code 1."""
@@ -124,7 +113,6 @@ def script(main):
         reason = "interrupted; the same command with --resume goes on"
     sys.exit(f"{Path(sys.argv[0]).name}: {reason}")
 
-
 def keep_freed_memory():
     """Ask glibc to keep freed blocks. By default every large activation is handed back to the kernel and faulted in
     again, page by page, at each step: 40 % of a ConvNet training step on a CPU. Elsewhere than on Linux: nothing."""
@@ -132,19 +120,15 @@ def keep_freed_memory():
         libc.mallopt(-4, 0)                                # M_MMAP_MAX: no block comes from mmap
         libc.mallopt(-1, 2**31 - 1)                        # M_TRIM_THRESHOLD: the heap is never trimmed
 
-
 def pick_device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-
 def peak_memory(device):
-    """Peak memory of this process in MB: CUDA's counter on a GPU, the resident set otherwise (NaN on Windows)."""
+    """Peak memory of this process in MB: CUDA's counter on a GPU, the resident set on Linux, NaN elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
-    if (status := Path("/proc/self/status")).is_file():    # getrusage would count the parent's memory before exec
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1e3
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6 if fcntl else math.nan            # macOS: bytes
-
+    status = Path("/proc/self/status")                     # getrusage would count the parent's memory before exec
+    return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1e3 if status.is_file() else math.nan
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data sets and views
@@ -153,7 +137,6 @@ class Split(NamedTuple):
     images: object          # uint8 [n, 3, S, S] in memory, or a list of n file names that are read when needed
     labels: torch.Tensor    # int64 [n]
 
-
 class Data(NamedTuple):
     name: str
     classes: list           # K class names; a label is an index into this list, in every stage
@@ -161,7 +144,6 @@ class Data(NamedTuple):
     train: Split
     test: Split
     sha256: str             # of the training images and labels
-
 
 def toy(per_class, classes, seed, size=32):
     """Draw toy images. Class k is a pair: colour layout k // 2 (low frequency) and stripe direction k % 2 (high).
@@ -182,21 +164,18 @@ def toy(per_class, classes, seed, size=32):
         images.append(((coarse + wave + 0.12 * normal(size, size)).clamp(0, 1) * 255).round().to(torch.uint8))
     return torch.cat(images), torch.arange(classes).repeat_interleave(per_class)
 
-
 def load_toy(root, size, classes):
     train, test = toy(max(60, 4000 // classes), classes, 0), toy(max(10, 1000 // classes), classes, 1)
     return Split(*train), Split(*test), [f"layout{k // 2}-{('rows', 'columns')[k % 2]}" for k in range(classes)]
-
 
 def download(url, md5, root, what):
     """Fetch and unpack the archive that holds root/what."""
     print(f"{root}/{what} is missing: downloading {url}")
     try:
         download_and_extract_archive(url, root, md5=md5)
-    except Exception as error:                             # what urllib and tarfile raise has no common ancestor
+    except Exception as error:                             # urllib's and tarfile's have no common ancestor
         raise BadInput(f"--data {root}: {what} is missing and cannot be downloaded ({type(error).__name__}): unpack "
                        f"{url.split('/')[-1]} there") from error
-
 
 class Plain(pickle.Unpickler):
     """Reads the pickles of CIFAR, anybody's copy: arrays, numbers, strings, lists and dicts. What a pickle names by one
@@ -208,7 +187,6 @@ class Plain(pickle.Unpickler):
 
     def find_class(self, module, name):
         return self.names[name]
-
 
 def load_cifar(kind, root):
     """(train, test, classes), every file checked. kind: torchvision's class, which knows names and checksums."""
@@ -224,19 +202,18 @@ def load_cifar(kind, root):
                 classes = [str(word) for word in content[key]]
                 continue
             images, labels = content["data"], np.array(content[key.replace("label_names", "labels")], np.int64)
-            found = f"{images.dtype} {images.shape} with labels {labels.shape} from {labels.min()} to {labels.max()}"
-        except Exception as error:                         # nor has what pickle raises
-            raise BadInput(f"--data {folder / name}: a truncated, damaged or hostile file found: remove it") from error
-        if found != f"uint8 {(n, 3072)} with labels {(n,)} from 0 to {K - 1}":
-            raise BadInput(f"--data {folder / name}: {found} found, expected {n} images of {K} classes: remove it")
+            if (images.dtype, images.shape, labels.shape) != (np.uint8, (n, 3072), (n,)) or not (
+                    0 <= labels.min() <= labels.max() < K):
+                raise ValueError(f"{images.dtype} {images.shape} with labels {labels.shape} to {labels.max()}")
+        except Exception as error:                         # what pickle raises has no common ancestor
+            raise BadInput(f"--data {folder / name}: a truncated, damaged or hostile file found ({error}), expected {n} "
+                           f"images of {K} classes: remove it") from error
         files[name] = torch.from_numpy(images).view(n, 3, 32, 32), torch.from_numpy(labels)
     *train, test = files.values()
     return Split(*map(torch.cat, zip(*train))), Split(*test), classes
 
-
 def class_folders(root):
     return sorted(entry.name for entry in Path(root).glob("*") if entry.is_dir())
-
 
 def image_files(root, names):
     """(paths, labels) of root/<class>/**.{jpg, png, ...} for the class names in order; labels count from 0."""
@@ -247,32 +224,24 @@ def image_files(root, names):
         raise BadInput(f"{root}: no image in class {names[int(counts.argmin())]!r}: every class needs some")
     return Split(paths, labels)
 
-
 def folder_names(classes):
-    """What an export calls the folders of classes: their names, with %XX (of UTF-8, as in a URL) for what could lead
-    out of the export, or what Windows reserves, or upper case where two names differ in nothing else."""
-    lower = [name.lower() for name in classes]
-
-    def risky(name, i, c):
-        return (not (c.isascii() and c.isalnum() or c in " _-.") or c in " ." and i in (0, len(name) - 1)
-                or c.isupper() and lower.count(name.lower()) > 1
-                or i == 0 and re.match(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", name.lower()))
-    return ["".join("".join(f"%{byte:02X}" for byte in c.encode("utf8", "surrogatepass")) if risky(name, i, c) else c
-                    for i, c in enumerate(name)) for name in classes]
-
+    """What an export calls the folders of classes: their names, quoted as in a URL, and %XX for every byte of one that
+    could lead out of the export, that Windows reserves, or that differs from another in upper case only."""
+    plain = re.compile(r"(?!(con|prn|aux|nul|com\d|lpt\d)(\.|$))[\w%-]([\w .%-]*[\w%-])?", re.ASCII | re.IGNORECASE)
+    names, lower = [name.encode("utf8", "surrogatepass") for name in classes], [name.lower() for name in classes]
+    return [quote(name, safe=" ") if plain.fullmatch(quote(name, safe=" ")) and lower.count(key) == 1 else
+            "".join(f"%{byte:02X}" for byte in name) for name, key in zip(names, lower)]
 
 def load_folder(root, size, classes):
     """Any train/ + val/ of class folders: ImageNet as torchvision has it, or the user's own images."""
     train, val = (class_folders(Path(root) / part) for part in ("train", "val"))
     if not (train and val):
-        raise BadInput(f"--data {root}: no class folders in {'val' if train else 'train'}/: expected "
-                       f"{'val' if train else 'train'}/<class>/<image>")
+        raise BadInput(f"--data {root}: expected {'val' if train else 'train'}/<class>/<image>, found no class folders")
     if strange := sorted(set(val) - set(train)):
         raise BadInput(f"--data {root}: class {strange[0]!r} is in val/ and not in train/: remove or complete it")
     test = image_files(Path(root) / "val", val)
     position = torch.tensor([train.index(name) for name in val])
     return image_files(Path(root) / "train", train), test._replace(labels=position[test.labels]), train
-
 
 def load_tiny(root, size, classes):
     """Tiny-ImageNet-200 as in the original zip, or a copy of it with fewer classes."""
@@ -281,10 +250,8 @@ def load_tiny(root, size, classes):
         download("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de", root,
                  folder.name)
     names, annotations = class_folders(folder / "train"), folder / "val" / "val_annotations.txt"
-    if not names or not annotations.is_file():
-        raise BadInput(f"--data {root}: tiny-imagenet-200 has no {'val/val_annotations.txt' if names else 'train/'}: "
-                       "unpack it again")
-    rows = [line.split("\t")[:2] for line in annotations.read_text(errors="replace").splitlines() if "\t" in line]
+    lines = annotations.read_text(errors="replace").splitlines() if annotations.is_file() else []
+    rows = [line.split("\t")[:2] for line in lines if "\t" in line]
     rows = [(folder / "val" / "images" / Path(file).name, names.index(wnid)) for file, wnid in rows if wnid in names]
     absent = [path for path, _ in rows if not path.is_file()]
     if absent or not rows:
@@ -293,17 +260,14 @@ def load_tiny(root, size, classes):
     return (image_files(folder / "train", names),
             Split([str(path) for path, _ in rows], torch.tensor([label for _, label in rows])), names)
 
-
 LOADERS = {"toy": load_toy, "cifar10": lambda root, size, classes: load_cifar(CIFAR10, root),
            "cifar100": lambda root, size, classes: load_cifar(CIFAR100, root),
            "tiny": load_tiny, "imagenet": load_folder, "folder": load_folder}
-
 
 def select(split, index):
     """The images of a split at positions index [n]."""
     images = split.images[index] if torch.is_tensor(split.images) else [split.images[i] for i in index]
     return Split(images, split.labels[index])
-
 
 def hold_out(train):
     """(rest, held): the last 10 % of the training images of every class, by position, become the test split, so that
@@ -313,7 +277,6 @@ def hold_out(train):
         own = (train.labels == c).nonzero().flatten()
         held[own[len(own) - math.ceil(len(own) / 10):]] = True
     return tuple(select(train, part.nonzero().flatten()) for part in (~held, held))
-
 
 def load_data(name, root, size=None, classes=None, validate=None):
     """Load a data set by name. root: the folder it lies in (--data); validate: see hold_out. Raises BadInput for
@@ -331,7 +294,6 @@ def load_data(name, root, size=None, classes=None, validate=None):
         for path in train.images:
             digest.update(f"{os.path.relpath(path, root)} {os.path.getsize(path)}\n".encode())
     return Data(name, names, size, train, test, digest.hexdigest())
-
 
 class Files(torch.utils.data.Dataset):
     """Image files, decoded to RGB (grey and CMYK are converted). Random transforms are drawn from (seed, position): the
@@ -353,11 +315,9 @@ class Files(torch.utils.data.Dataset):
                 torch.manual_seed(self.seed + i)
             return self.transform(image), self.split.labels[i]
 
-
 def whole_image(size):
     """The evaluation transform of files: short side to 8/7 S (256 for 224; S itself up to 64 px), centre, uint8."""
     return T.Compose([T.Resize(size if size <= 64 else round(size * 8 / 7)), T.CenterCrop(size), T.PILToTensor()])
-
 
 def stream(split, transform, batch, seed=None):
     """Batches of a split of files, shuffled if there is a seed: yields uint8 [B, 3, S, S], int64 [B]."""
@@ -369,18 +329,15 @@ def stream(split, transform, batch, seed=None):
     except BadInput as error:                              # a worker wraps it into its traceback
         raise BadInput(str(error).split("BadInput: ")[-1].rstrip("?")) from None
 
-
 def normalise(images, mean, std):
     """uint8 [B, 3, S, S] -> float32, zero mean and unit deviation, channels last (several times faster on CPUs)."""
     mean, std = (constant(tuple(v), images.device) for v in (mean, std))
     return ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
-
 @functools.lru_cache
 def constant(values, device):
     """A number a channel, [1, 3, 1, 1]; cached, since copying it to a GPU would wait for all work before it."""
     return torch.tensor(values, device=device).view(1, 3, 1, 1)
-
 
 def batches(data, split, batch):
     """Every image of a split once, in order, under the evaluation transform: yields uint8 [B, 3, S, S], int64 [B]."""
@@ -388,11 +345,9 @@ def batches(data, split, batch):
         return zip(split.images.split(batch), split.labels.split(batch))
     return stream(split, whole_image(data.size), batch)
 
-
 def take(data, split, index):
     """Images of a split by position, under the evaluation transform: uint8 [len(index), 3, S, S]."""
     return torch.cat([images for images, _ in batches(data, select(split, index), 500)])
-
 
 def in_memory(data, split, device):
     """The split as one uint8 tensor on the device, if it is small pictures (Tiny-ImageNet: 1.2 GB); larger ones stay
@@ -400,7 +355,6 @@ def in_memory(data, split, device):
     if not torch.is_tensor(split.images) and data.size > 64:
         return split
     return split._replace(images=torch.cat([images for images, _ in batches(data, split, 500)]).to(device))
-
 
 def crop_boxes(uniform, scale, ratio=(3 / 4, 4 / 3)):
     """Random resized crops from uniform numbers [n, 4]: centre x and y, width, height [n, 4], in fractions of a side.
@@ -413,7 +367,6 @@ def crop_boxes(uniform, scale, ratio=(3 / 4, 4 / 3)):
     w, h = np.minimum(np.sqrt(area * shape), 1), np.minimum(np.sqrt(area / shape), 1)
     return torch.from_numpy(np.stack([w / 2 + x * (1 - w), h / 2 + y * (1 - h), w, h], 1).astype(np.float32))
 
-
 def crop_grid(boxes, flips, size):
     """The sampling grid [B, S, S, 2] of crops `boxes` [B, 4] resized to S pixels, mirrored where `flips` [B] says."""
     x, y, w, h = boxes.unbind(1)
@@ -421,12 +374,10 @@ def crop_grid(boxes, flips, size):
     theta = torch.stack([torch.where(flips, -w, w), zero, 2 * x - 1, zero, h, 2 * y - 1], 1).view(-1, 2, 3)
     return F.affine_grid(theta, (len(boxes), 3, size, size), align_corners=False)
 
-
 def resample(images, grid):
     """Bilinear values of float images [B, 3, S, S] at grid [B, S, S, 2], one batched call; channels last."""
     out = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return out.contiguous(memory_format=torch.channels_last)
-
 
 def shifted(padded, index, rng, size):
     """Random crops of size S and flips of images[index], from images padded beforehand: uint8 [B, 3, S, S]."""
@@ -436,7 +387,6 @@ def shifted(padded, index, rng, size):
     rows, cols = top + span, left + torch.where(flip == 1, span.flip(0), span)
     rows, cols, index = (v.to(padded.device) for v in (rows, cols, index))
     return padded[index[:, None, None], :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
-
 
 def training_batches(data, batch, augment, rng):
     """One epoch of the training set, shuffled and augmented: yields uint8 or float (0..255) [B, 3, S, S], int64 [B].
@@ -459,7 +409,6 @@ def training_batches(data, batch, augment, rng):
             grid = crop_grid(boxes, torch.from_numpy(rng.random(len(index)) < 0.5), data.size).to(images.device)
             yield resample(images[index.to(images.device)].float(), grid), labels[index]
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Networks
 
@@ -470,7 +419,6 @@ def convnet(classes, size, width=128):
         blocks.append(nn.Sequential(nn.Conv2d(width if i else 3, width, 3, padding=1), nn.BatchNorm2d(width),
                                     nn.ReLU(inplace=True), nn.AvgPool2d(2)))
     return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(width * (size >> depth) ** 2, classes))
-
 
 def small_stem(network, name):
     """For 32 and 64 px: stems that keep every pixel, where torchvision's would leave hardly one."""
@@ -483,10 +431,8 @@ def small_stem(network, name):
     else:                                                  # convnext_tiny's 4x4 patches
         network.features[0][0] = nn.Conv2d(3, 96, 3, padding=1)
 
-
 TEACHERS = ["convnet", "resnet18", "resnet50", "resnet101"]
 STUDENTS = TEACHERS + ["densenet121", "regnet_y_8gf", "convnext_tiny"]
-
 
 def build_network(name, classes, size, precision="float32"):
     """A network with random weights, channels last. classes: K. precision: what `autocast` runs it in."""
@@ -496,19 +442,16 @@ def build_network(name, classes, size, precision="float32"):
     network.precision = precision
     return network.to(memory_format=torch.channels_last)
 
-
 def native_precision(device):
     """bfloat16 on CUDA and on CPUs that multiply in it, where they say so (torch of 2026); elsewhere it is emulated,
     slowly, so float32."""
     cpu = getattr(torch.cpu, "get_capabilities", dict)()
     return "bfloat16" if device.type == "cuda" or cpu.get("avx512_bf16", False) else "float32"
 
-
 def autocast(network):
     """The context of every forward pass: the network's precision. Statistics and losses leave it (spectral.py)."""
     device = next(network.parameters()).device.type
     return torch.autocast(device, dtype=torch.bfloat16, enabled=network.precision == "bfloat16")
-
 
 @torch.no_grad()
 def accuracy(network, data, teacher, batch=500):
@@ -521,7 +464,6 @@ def accuracy(network, data, teacher, batch=500):
         right += (guess == labels.to(device)).sum()
     return 100 * right.item() / len(data.test.labels)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Run folders: config.json (settings, versions, hashes), log.jsonl (a line an epoch or batch) and the artefacts.
 # Artefacts are written under a temporary name, flushed and renamed: if one exists, it is whole, even after a power cut.
@@ -532,7 +474,6 @@ def sha256(path):
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
 
 @contextlib.contextmanager
 def writing(path, mode):
@@ -546,10 +487,8 @@ def writing(path, mode):
         why = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None) or "disk full?"
         raise BadInput(f"{path}: cannot be written ({why}): mend that, then go on with --resume") from error
 
-
 def json_hash(content):
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
 
 def save(path, content):
     """torch.save for a .pt, JSON with its own hash for a .json; atomic."""
@@ -564,7 +503,6 @@ def save(path, content):
         handle = os.open(path.parent, os.O_RDONLY)
         os.fsync(handle), os.close(handle)
 
-
 def read_json(path):
     """The content of a JSON file of a run folder, {} if there is none, checked against the hash it carries."""
     try:
@@ -575,7 +513,6 @@ def read_json(path):
     except (ValueError, AttributeError, OSError, RecursionError):
         what = path.parent if path.stem == "config" else "it"
         raise BadInput(f"{path}: damaged: remove {what} and make it again") from None
-
 
 def load_state(path):
     """The tensors and plain containers of a .pt, on the CPU. BadInput if it holds anything else, if a byte is not as
@@ -588,11 +525,9 @@ def load_state(path):
     except Exception as error:                             # whatever unpickling a broken file raises
         raise BadInput(f"{path}: damaged, or holds more than tensors: remove it and make it again") from error
 
-
 def log(folder, **entry):
     with writing(folder / "log.jsonl", "a") as file:
         file.write(json.dumps(entry) + "\n")
-
 
 def read_config(folder, stage, unfinished=False):
     """config.json of a run of `stage`; of a finished one, unless `unfinished` ones will do."""
@@ -607,7 +542,6 @@ def read_config(folder, stage, unfinished=False):
         raise BadInput(f"{folder}: unfinished: run {stage}.py again with --resume")
     return config
 
-
 def checked(folder, name, config):
     """The path of an artefact of a run folder, after checking it against the hash in its config."""
     path, recorded = Path(folder) / name, str(config["artefacts"].get(name))
@@ -618,14 +552,11 @@ def checked(folder, name, config):
                        f"remove {folder} and run {config['stage']}.py again")
     return path
 
-
 def load(folder, name, config):
     """A .pt artefact of a run folder, checked; on the CPU."""
     return load_state(checked(folder, name, config))
 
-
 LOCKED = set()                                             # inodes of the folders that this process has locked
-
 
 def lock(folder):
     """Refuse a folder that another process writes to. The lock lies on the folder itself and ends with the process,
@@ -641,7 +572,6 @@ def lock(folder):
             raise BadInput(f"{folder}: another process is at work here: wait for it, or stop it") from None
     except OSError:
         pass
-
 
 def open_run(folder, stage, settings, inputs, resume):
     """Start a run folder, or continue one where --resume was given: returns its config.
@@ -670,13 +600,11 @@ def open_run(folder, stage, settings, inputs, resume):
                                f"same, or remove the folder")
     return config
 
-
 def finish_run(folder, config, artefacts, **results):
     """Record the hashes of the artefacts and the results: from now on the run counts as finished."""
     config["artefacts"].update({name: sha256(folder / name) for name in artefacts})
     config["results"].update(results)
     save(folder / "config.json", config)
-
 
 def fill(args, preset):
     """Flags left out take the preset's values; a flag given always wins. Returns args."""
@@ -685,22 +613,18 @@ def fill(args, preset):
             setattr(args, key, value)
     return args
 
-
 def settings(args, hidden=()):
     """What config.json records of a run: all flags, resolved."""
     return {key: value for key, value in vars(args).items() if key not in ("resume", *hidden)}
 
-
 def show(args):
     print("settings: " + " ".join(f"{key}={value}" for key, value in settings(args).items()))
-
 
 def changed(settings, defaults, hidden=()):
     """["epochs16", "no-emu", ...]: every setting that is not the default. The names of folders and of rows are made of
     these, so that no two runs share one."""
     return [key.replace("_", "-") + ("" if value is True else Path(str(value)).name) for key, value in settings.items()
             if key not in hidden and value != defaults[key]]
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The stage
@@ -741,11 +665,9 @@ def train(network, data, teacher, args, folder):
               f"{seconds * (args.epochs - epoch - 1) / 60:.1f} min left", flush=True)
     return accuracy(network, data, teacher) if score is None else score
 
-
 def head_name(network):
     """The name of the last linear layer; its input is the H [B, C] of the theory."""
     return [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
-
 
 def gather_statistics(network, data, teacher, batch):
     """One pass over the training set: {"layers": {name: Statistics of every convolution's and the last linear layer's
@@ -766,7 +688,6 @@ def gather_statistics(network, data, teacher, batch):
     return dict(layers={name: layer.to(torch.float32).to("cpu")._asdict() for name, layer in layers.items()}, head=head,
                 confidence=torch.cat(confidence))
 
-
 def fold(network):
     """The network in eval mode with every BatchNorm folded into the convolution before it, and no weight gradients.
 
@@ -783,13 +704,11 @@ def fold(network):
                 setattr(parent, second, nn.Identity())
     return network
 
-
 def restore(teacher):
     """The network that a teacher.pt holds."""
     network = build_network(teacher["network"], len(teacher["classes"]), teacher["size"], teacher["precision"])
     network.load_state_dict(teacher["state_dict"])
     return network
-
 
 def load_teacher(folder, device):
     """A finished squeeze run: (folded network, teacher.pt's dict, config)."""
@@ -804,7 +723,6 @@ def load_teacher(folder, device):
         raise BadInput(f"{folder}/teacher.pt: not as squeeze.py writes it today: squeeze again") from error
     return fold(network.to(device)), teacher, config
 
-
 def check_data(data, teacher, config):
     """The data set must be the one the teacher was trained on, class by class and image by image."""
     if data.classes != teacher["classes"]:
@@ -813,38 +731,29 @@ def check_data(data, teacher, config):
     if data.sha256 != config["inputs"]["data"]:
         raise BadInput("--data: other training images than the teacher's (their sha256 differs): squeeze again")
 
-
 def given_weights(network, args, teacher):
     """Load --teacher FILE, or torchvision's ImageNet weights with --pretrained, instead of training. The file's mean
     and deviation, where it names them, replace the data set's in `teacher`."""
-    flag = "--pretrained" if args.pretrained else f"--teacher {args.teacher}"
+    flag, remedy = f"--teacher {args.teacher}", "not a readable state dict"
     if args.pretrained:
-        weights = torchvision.models.get_model_weights(args.network).IMAGENET1K_V1
-        try:
-            state = weights.get_state_dict(progress=True, check_hash=True)
-        except Exception as error:                         # urllib's, or a broken file's
-            raise BadInput(f"{flag}: {weights.url} cannot be fetched ({type(error).__name__}): put the file into "
-                           f"{torch.hub.get_dir()}/checkpoints") from error
-    else:
-        try:
-            state = torch.load(args.teacher, weights_only=True, map_location="cpu")
-        except Exception as error:
-            raise BadInput(f"{flag}: not a readable state dict ({type(error).__name__})") from error
-        if not isinstance(state, dict):
-            raise BadInput(f"{flag}: not a readable state dict ({type(state).__name__})")
-        if state.get("classes", teacher["classes"]) != teacher["classes"]:     # a teacher.pt knows its own
-            raise BadInput(f"{flag}: its classes are {str(state['classes'])[:60]}, here they are "
-                           f"{str(teacher['classes'])[:60]}: another data set's or class order's")
-        teacher.update({key: list(state.get(key, teacher[key])) for key in ("mean", "std")})
-        print(f"{flag}: images are normalised with mean {teacher['mean']}, std {teacher['std']}"
-              f"{'' if 'mean' in state else ': it names none of its own'}")
-        state = state.get("state_dict", state)
+        flag, remedy = "--pretrained", f"cannot be fetched: put the file into {torch.hub.get_dir()}/checkpoints"
     try:
-        network.load_state_dict(state)
+        state = (torchvision.models.get_model_weights(args.network).IMAGENET1K_V1.get_state_dict(check_hash=True)
+                 if args.pretrained else torch.load(args.teacher, weights_only=True, map_location="cpu"))
+        about = {key: list(state.get(key, teacher[key])) for key in ("classes", "mean", "std")}
+    except Exception as error:                             # urllib's, or a broken file's
+        raise BadInput(f"{flag}: {remedy} ({type(error).__name__})") from error
+    if about["classes"] != teacher["classes"]:             # a teacher.pt knows its own
+        raise BadInput(f"{flag}: its classes are {str(about['classes'])[:60]}, here they are "
+                       f"{str(teacher['classes'])[:60]}: another data set's or class order's")
+    teacher.update(about)
+    print(f"{flag}: images are normalised with mean {teacher['mean']}, std {teacher['std']}"
+          f"{'' if 'mean' in state else ': it names none of its own'}")
+    try:
+        network.load_state_dict(state.get("state_dict", state))
     except Exception as error:                             # torch's first complaint; what is no dict has one line
         raise BadInput(f"{flag}: {str(error).splitlines()[:2][-1].strip()[:200]}: no {args.network} for this data set: "
                        "another architecture, input size or class count") from error
-
 
 def parse(argv):
     parser = Parser(__doc__)
@@ -885,7 +794,6 @@ def parse(argv):
     return fill(args, {**preset["squeeze"], "network": preset["network"], "size": preset["size"], "classes": 10,
                        "precision": native_precision(pick_device())})
 
-
 def teacher_folder(args):
     """runs/<dataset>-<network>, then every setting of the teacher that is not the data set's default, in the order of
     the flags; of a folder of one's own its name, too."""
@@ -893,7 +801,6 @@ def teacher_folder(args):
     defaults, hidden = vars(parse(["--dataset", args.dataset])), ("dataset", "data", "network", "keep", "resume")
     extra = changed(vars(args), defaults, hidden)
     return Path("runs") / "-".join([args.dataset, *own, args.network, *extra])
-
 
 def ensure(folder, flags, resume):
     """Squeeze a missing teacher with these flags, or the rest of an unfinished one if asked to resume."""
@@ -904,12 +811,10 @@ def ensure(folder, flags, resume):
         print(f"{folder}: unfinished, so its squeeze goes on first", flush=True)
         run(Namespace(**config["settings"], resume=True), folder)
 
-
 def main(argv):
     args = parse(argv)
     show(args)
     run(args, teacher_folder(args))
-
 
 def run(args, folder):
     """The stage after its flags: also what recover.py calls for an unfinished teacher."""
@@ -942,7 +847,6 @@ def run(args, folder):
         finish_run(folder, config, ["teacher.pt", "statistics.pt"])
     print(f"teacher: {config['results']['test']:.2f} % {'held-out' if args.validate else 'test'} accuracy, in "
           f"{folder}\nnext: python recover.py --teacher {folder}")
-
 
 if __name__ == "__main__":
     script(main)

@@ -63,7 +63,7 @@ def test_folder_errors(folder):
     (folder / "val" / "empty").mkdir(), (folder / "train" / "empty").mkdir()
     one_line(lambda flags: load(), [], "no image in class 'empty'")
     (folder / "empty" / "train").mkdir(parents=True)
-    one_line(lambda flags: squeeze.load_data("imagenet", str(folder / "empty")), [], "no class folders in train/")
+    one_line(lambda flags: squeeze.load_data("imagenet", str(folder / "empty")), [], "expected train/<class>/<image>", "no class folders")
 
 
 def test_folder_runs_end_to_end_and_the_size_is_remembered(folder, capsys):
