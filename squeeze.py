@@ -46,14 +46,14 @@ except ImportError:                                        # Windows
     fcntl = None
 
 # One row a data set: what it is, then each stage's settings (paper, Tables 9-12, and the authors' code for views,
-# labels and students; toy is ours). `ours`: what did better than the paper's where it was measured (README). batch: (limit,
-# small, large): up to `limit` images, students take `small` a step, else `large`. Mean and deviation live here and in
-# teacher.pt, nowhere else: every stage normalises with the teacher's. A new data set is a row here and a function in
-# LOADERS.
+# labels and students; toy is ours). `ours`: what did better than the paper's where it was measured (README); `early`:
+# epochs of its teacher for one image a class (recover.choose_teacher). batch: (limit, small, large): up to `limit`
+# images, students take `small` a step, else `large`. Mean and deviation live here and in teacher.pt, nowhere else:
+# every stage normalises with the teacher's. A new data set is a row here and a function in LOADERS.
 RECOVER = dict(alpha_max=0.1, iterations=1000, lr=0.1, batch=200, gamma=0.1, init="real", emu="paper")
 SMALL = dict(epochs=100, lr=0.1, wd=5e-4, batch=128, schedule="cosine", augment="crop")
 LARGE = dict(epochs=90, lr=0.1, wd=1e-4, batch=256, schedule="cosine", augment="resized")
-CIFAR = dict(size=32, network="resnet18", relabel=dict(epochs=1000, scale=0.08),
+CIFAR = dict(size=32, network="resnet18", relabel=dict(epochs=1000, scale=0.08), early=4,
              ours=dict(init="confident", iterations=100, lr=0.02, gamma=10.0, emu="pool"))
 FOLDER = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], size=224, network="resnet18", ours=dict(emu="pool"),
               squeeze=LARGE, recover=RECOVER, relabel=dict(epochs=300, scale=0.5), batch=(0, 100, 100))
