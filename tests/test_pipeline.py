@@ -231,6 +231,17 @@ def test_presets():
         assert preset("--dataset", name, "--iterations", "0")["init"] == "real"
 
 
+def test_few_images_are_given_an_early_teacher():
+    def folder(*flags):
+        return str(recover.choose_teacher(recover.parse([*flags]))[0])
+    cifar = ("--dataset", "cifar10", "--network", "convnet", "--ipc")
+    assert [folder(*cifar, ipc) for ipc in ("1", "10", "50", "5000")] == [
+        "runs/cifar10-convnet" + end for end in ("-epochs4", "-epochs13", "-epochs28", "")]
+    assert folder("--dataset", "cifar100") == "runs/cifar100-resnet18-epochs13"
+    assert folder(*cifar, "1", "--preset", "paper") == "runs/cifar10-convnet"
+    assert folder("--dataset", "tiny", "--ipc", "1") == "runs/tiny-resnet18"       # not measured there
+
+
 def test_all_flags_of_recover_reach_the_images(here):
     seen = {}
     for flags in ([], ["--filter", "low"], ["--filter", "high"], ["--schedule", "linear"], ["--signal", "class"],
