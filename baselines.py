@@ -1,5 +1,5 @@
-"""baselines.py: other methods' objectives as pairs of filters (Theorem 1), run by recover.py's own loop; and rivals
-of today that differ from CFM in their images, views or weights.
+"""baselines.py: other methods' objectives as pairs of filters (Theorem 1), run by recover.py's own
+loop; and rivals of today, which differ in their start, views or weights.
 
     python baselines.py --method mtt                                      toy images
     python baselines.py --method dm --dataset cifar10 --network convnet --ipc 10
@@ -143,7 +143,7 @@ def parse(argv):
     recover.add_flags(parser)
     add = parser.add_argument_group("spectra").add_argument
     add("--layers", choices=["conv", "last"], default="conv",
-        help="all convolutions' inputs, as CFM, or the last linear layer's alone, the theory's H")
+        help="all convolutions' inputs, as CFM, or the last linear layer's, the theory's H")
     add("--eta", type=number(float, 0, strict=True), help="mtt: rate (default: 1 / lambda_max of each layer)")
     add("--p", type=number(int, 1), help="mtt: steps on the real side (default 10)")
     add("--q", type=number(int, 1), help="mtt: steps on the synthetic side (default 10)")

@@ -1,8 +1,8 @@
-"""Stage 4, eval: train students on nothing but the distilled set and test them on the real test set; or look at the
-images (--report), or write them as PNGs (--export).
+"""Stage 4, eval: train students on nothing but the distilled set and test them on the real test set;
+or look at the images (--report), or write them as PNGs (--export).
 
-    python eval.py runs/toy-convnet/cfm-ipc10                                      a minute on two CPU cores
-    python eval.py runs/cifar10-convnet/cfm-ipc10 runs/cifar10-convnet/real-ipc10  two runs, one recipe, one table
+    python eval.py runs/toy-convnet/cfm-ipc10                              a minute on a CPU
+    python eval.py runs/toy-convnet/cfm-ipc10 runs/toy-convnet/real-ipc10  one recipe, one table
 
 Each epoch shows a student the views that relabel.py showed the teacher, with the teacher's soft labels as the target
 (KL divergence at temperature T). Reported is the last epoch, mean and deviation over seeds, of the averaged student:
@@ -335,7 +335,7 @@ def parse(argv):
     add = parser.add_argument_group("what").add_argument
     add("runs", nargs="+", metavar="RUN", help="folders made by recover.py, baselines.py or relabel.py --images")
     add("--network", nargs="+", choices=squeeze.STUDENTS, metavar="NET",
-        help="students (default: the teacher's network): " + ", ".join(squeeze.STUDENTS))
+        help="students (default: the teacher's network):\n" + " ".join(squeeze.STUDENTS))
     add("--teacher", metavar="DIR", help="whose labels students learn (default: the one whose spectra were matched)")
     add("--validate", action="store_true", help="test on images held out by squeeze.py --validate, to choose settings")
     add("--report", action="store_true", help="only compare the RUNs' images: spectra, similarity, pictures")
@@ -348,7 +348,7 @@ def parse(argv):
     add("--lr", type=number(float, 0, strict=True), default=1e-3, help="rate of AdamW (default 1e-3)")
     add("--wd", type=number(float, 0), default=1e-2, help="weight decay (default 1e-2)")
     add("--schedule", choices=["stretched", "cosine"], default="stretched",
-        help="of the rate: a cosine that ends at half of it (default, as the authors' code), or at zero")
+        help="a cosine to half the rate (default, as the authors' code), or to zero")
     add("--ema", type=number(float, 0), default=0.99, help="averaging of the student, a step (default 0.99)")
     add("--temperature", type=number(float, 0, strict=True), default=20.0, help="of the soft labels (default 20)")
     add("--hard", action="store_true", help="hard labels instead of the teacher's, on views of the same kind")

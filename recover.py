@@ -1,8 +1,8 @@
-"""Stage 2, recover: optimise the synthetic images until their spectra match the real ones (Curriculum Frequency
-Matching). A missing teacher is squeezed first.
+"""Stage 2, recover: optimise the synthetic images until their spectra match the real ones
+(Curriculum Frequency Matching). A missing teacher is squeezed first.
 
-    python recover.py                                                    toy images, one to two minutes on two CPU cores
-    python recover.py --teacher runs/cifar10-convnet-epochs16 --ipc 10   a minute or less on one CPU core
+    python recover.py                                               toy, one or two minutes on a CPU
+    python recover.py --dataset cifar10 --network convnet --ipc 10  a minute, and the teacher
 
 --preset paper takes the paper's settings (3 to 13 minutes there); --iterations 0 leaves real images untouched, the
 honest rival. On one GPU: python recover.py --dataset tiny --ipc 100 --alpha-max 1.
@@ -252,8 +252,8 @@ def add_flags(parser):
     add("--ipc", type=number(int, 1), default=10, help="images per class (default 10)")
     add = parser.add_argument_group("how").add_argument
     add("--preset", choices=["ours", "paper"], default="ours", help="what flags left out take (default ours)")
-    add("--init", choices=["confident", "real", "noise"], help="start from the training images the teacher is surest\n"
-        "of (CIFAR), the first ones of a class (else, and with --iterations 0), or noise")
+    add("--init", choices=["confident", "real", "noise"], help="start from the training images the teacher is\n"
+        "surest of (CIFAR), the first ones (else, and with --iterations 0), or noise")
     add("--iterations", type=number(int, 0), help="Adam steps a batch (CIFAR, toy 100; paper 1000); 0: real images")
     add("--lr", type=number(float, 0, strict=True), help="Adam's, normalised pixels (CIFAR 0.02, paper 0.25; else 0.1)")
     add("--batch", type=number(int, 1), help="classes a batch, one image of each (at most 200; imagenet 500)")
@@ -269,7 +269,7 @@ def parse(argv):
     add("--alpha-max", type=number(float, 0, strict=True), help="where alpha starts, in features^2 (0.1; tiny 1)")
     add("--schedule", choices=["cosine", "linear", "constant"], default="cosine", help="of alpha (default cosine)")
     add("--filter", choices=["cfm", "high", "low"], default="cfm",
-        help="cfm (default): 1/(lambda + alpha_k); high: alpha_max / 100 throughout; low: lambda")
+        help="cfm (default): 1/(lambda + alpha_k); high: alpha_max / 100; low: lambda")
     add("--loss", choices=["both", "filter", "signal"], default="both", help="which of Eq. 19's two (default both)")
     add("--signal", choices=["mean", "class"], default="mean", help="FLC: mean [C] (default), or class-wise [C, K]")
     args = parser.parse_args(argv)

@@ -1,9 +1,9 @@
-"""Stage 3, relabel: store the teacher's soft label for a random view of every image, for every epoch of the students
-(FKD, as SRe2L has it).
+"""Stage 3, relabel: store the teacher's soft label for a random view of every image, for every
+epoch of the students (FKD, as SRe2L has it).
 
-    python relabel.py runs/toy-convnet/cfm-ipc10                     seconds
-    python relabel.py runs/cifar10-convnet/cfm-ipc10 --teacher DIR   another teacher's labels, for eval.py --teacher DIR
-    python relabel.py runs/cifar10-convnet --images DIR              another method's images, DIR/<class>/*
+    python relabel.py runs/toy-convnet/cfm-ipc10                  seconds
+    python relabel.py runs/toy-convnet/cfm-ipc10 --teacher DIR    another teacher's labels
+    python relabel.py runs/toy-convnet --images DIR               another method's DIR/<class>/*
 
 A view (crop box, flip, CutMix partner and patch) is a pure function of (seed, epoch, image): eval.py rebuilds exactly
 the pixels that the teacher saw, whatever its batch size, order or device, so that nothing but the labels has to be

@@ -1,8 +1,8 @@
-"""Stage 1, squeeze: train the teacher, then take the real set's statistics (FFC and FLC of every layer) in
-one pass.
+"""Stage 1, squeeze: train the teacher, then take the real set's statistics (FFC and FLC of every
+layer) in one pass.
 
-    python squeeze.py                                                  toy images, a minute or two on two CPU cores
-    python squeeze.py --dataset cifar10 --network convnet --epochs 16  10 to 60 minutes on two CPU cores
+    python squeeze.py                                                  toy, a minute or two on a CPU
+    python squeeze.py --dataset cifar10 --network convnet --epochs 16  10 to 60 minutes there
 
 Writes runs/<dataset>-<network>/, with what is not the default in its name (...-epochs16), so that teachers live side by
 side: teacher.pt, statistics.pt, config.json, log.jsonl. The network's precision is the teacher's property: all later
@@ -769,11 +769,11 @@ def parse(argv):
     add("--wd", type=number(float, 0), help="weight decay (5e-4; 1e-4 from 64 px on)")
     add("--batch", type=number(int, 2), help="images a step (toy 50, CIFAR 128, else 256)")
     add("--precision", choices=["float32", "bfloat16"],
-        help="of the network, in all stages (default: bfloat16 where the device multiplies in it)")
+        help="in all stages (default: bfloat16 where the device multiplies in it)")
     add("--keep", type=number(int, 1), nargs="+", metavar="E", help="keep the weights of these epochs, for --teacher")
     add("--seed", type=number(int, 0), default=0, help="default 0")
     add("--validate", action="store_true",
-        help="hold out the last 10 %% of every class's training images, to choose settings on")
+        help="hold out the last tenth of each class, to choose settings on")
     add = parser.add_argument_group("instead of training").add_argument
     add("--pretrained", action="store_true", help="imagenet only: torchvision's weights")
     add("--teacher", metavar="FILE",

@@ -502,8 +502,10 @@ def test_broken_leftovers_of_a_killed_run(here, monkeypatch):
     one_line(recover.main, [*TINY, "--resume"], "memory.pt", "damaged")
 
 
-def test_help_of_every_script():
+def test_help_of_every_script(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     for module in (squeeze, recover, relabel, evaluation, baselines):
         with pytest.raises(SystemExit) as stop:
             module.main(["--help"])
-        assert stop.value.code == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert stop.value.code == 0 and len(lines) <= 60 and max(map(len, lines)) <= 100, max(lines, key=len)
