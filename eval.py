@@ -9,6 +9,7 @@ Each epoch shows a student the views that relabel.py showed the teacher, with th
 the exponential average of the weights (0.99 a step). Raw last epochs, shown beside it, swing by points; best test
 epochs flatter and are not looked at. Missing labels are made first. Writes RUN/result.json.
 """
+import itertools
 import math
 import time
 from pathlib import Path
@@ -251,28 +252,33 @@ def intra_class_similarity(network, content, device, batch=500):
             out.append(((mine @ mine.T).sum() - n) / (n * (n - 1)))      # without each image's similarity to itself
     return torch.stack(out).mean().item() if out else None
 
-def svg(path, curves, title, x_label, y_label):
-    """{label: (x, y)} as one log-log line chart; polylines and text, no plotting package."""
+def svg(path, curves, title, x_label, y_label, dashed=()):
+    """{label: (x, y)} as one log-log line chart; no plotting package. dashed: labels drawn so, in the colour before."""
     points = [(x, y) for xs, ys in curves.values() for x, y in zip(xs, ys) if x > 0 and y > 0]
     (x0, x1), (y0, y1) = ((math.log10(min(v)), math.log10(max(v)) + 1e-9) for v in zip(*points))
-    colours = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"]
+    colours = itertools.cycle(["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"])
 
     def place(x, y):
         return 70 + 400 * (math.log10(x) - x0) / (x1 - x0), 330 - 290 * (math.log10(y) - y0) / (y1 - y0)
+
+    def ticks(low, high):                                  # decades, or steps within one
+        steps = [m * 10.0**d for d in range(math.floor(low), math.ceil(high)) for m in range(1, 10)]
+        return [t for t in steps if low <= math.log10(t) <= high and (high - low < 1 or f"{t:e}"[0] == "1")]
     out = ['<svg xmlns="http://www.w3.org/2000/svg" width="700" height="380" font-family="sans-serif" font-size="12">',
            '<rect width="700" height="380" fill="white"/><path d="M70 40V330H470" fill="none" stroke="black"/>',
            f'<text x="270" y="22" text-anchor="middle" font-size="14">{title}</text>',
            f'<text x="270" y="368" text-anchor="middle">{x_label}</text>',
            f'<text x="16" y="185" text-anchor="middle" transform="rotate(-90 16 185)">{y_label}</text>']
-    for d in range(math.ceil(x0), math.floor(x1) + 1):
-        out.append(f'<text x="{place(10.0**d, 10**y0)[0]:.0f}" y="346" text-anchor="middle">1e{d}</text>')
-    for d in range(math.ceil(y0), math.floor(y1) + 1):
-        out.append(f'<text x="64" y="{place(10**x0, 10.0**d)[1] + 4:.0f}" text-anchor="end">1e{d}</text>')
+    out += [f'<text x="{place(t, 10**y0)[0]:.0f}" y="346" text-anchor="middle">{t:.3g}</text>' for t in ticks(x0, x1)]
+    out += [f'<text x="64" y="{place(10**x0, t)[1] + 4:.0f}" text-anchor="end">{t:.3g}</text>' for t in ticks(y0, y1)]
     for i, (label, (xs, ys)) in enumerate(curves.items()):
-        colour = colours[i % len(colours)]
-        line = " ".join("%.1f,%.1f" % place(x, y) for x, y in zip(xs, ys) if x > 0 and y > 0)
-        out.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>'
-                   f'<text x="484" y="{56 + 18 * i}" fill="{colour}">{label}</text>')
+        colour = colour if label in dashed else next(colours)
+        spots = ["%.1f,%.1f" % place(x, y) for x, y in zip(xs, ys) if x > 0 and y > 0]
+        out += [f'<polyline points="{" ".join(spots)}" fill="none" stroke="{colour}" stroke-width="2"'
+                f'{" stroke-dasharray=" + repr("6 4") if label in dashed else ""}/>',
+                f'<text x="484" y="{56 + 18 * i}" fill="{colour}">{label}</text>']
+        if len(spots) <= 10:                               # few points: what was measured, and what lies between
+            out += ['<circle cx="%s" cy="%s" r="4" fill="%s"/>' % (*spot.split(","), colour) for spot in spots]
     path.write_text("\n".join(out) + "\n</svg>\n")
 
 def responses(args, layer):

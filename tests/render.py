@@ -3,6 +3,7 @@
     python tests/render.py                                    rewrite the tables of both documents
     python tests/render.py --add TABLE ROW COLUMN RUN ...     put finished runs of eval.py into a cell, then render
     python tests/render.py --strip OUT.png RUN ...            a row of enlarged thumbnails a run
+    python tests/render.py --epochs OUT.svg                   accuracy against the teacher's epochs
 
 A record is one table, tests/results/NAME.json. It stands where a document says <!-- table: NAME --> ... <!-- end -->.
     head      the columns' names; the first one's is that of the rows
@@ -24,6 +25,7 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 from datetime import date
 from pathlib import Path
 
@@ -195,13 +197,29 @@ def strip(out, runs, columns=9, scale=3):
     picture.save(out, optimize=True)
 
 
+def epochs(out):
+    """The record teacher-epochs as a picture: a colour for each IPC, real images dashed."""
+    sys.path.insert(0, str(TESTS.parent))
+    import eval as evaluation
+
+    rows = {int(row["name"].split()[0]): row["name"] for row in read("teacher-epochs")["rows"]
+            if row["name"].split()[1].strip(",") == "epochs"}
+    curves = {f"IPC {ipc}, {kind}": (list(rows), [measured(*find("teacher-epochs", name, f"IPC {ipc}, {kind}"))[0]
+                                                  for name in rows.values()]) for ipc in (10, 1) for kind in ("CFM", "real")}
+    evaluation.svg(Path(out), curves, "CIFAR-10, students by the age of their teacher", "epochs of the teacher",
+                   "test accuracy in %", [label for label in curves if "real" in label])
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--add", nargs="+", metavar=("TABLE", "ROW COLUMN RUN"))
     parser.add_argument("--student", help="with --add: which entry of result.json, where there are several")
     parser.add_argument("--strip", nargs="+", metavar=("OUT.png", "RUN"))
+    parser.add_argument("--epochs", metavar="OUT.svg")
     args = parser.parse_args()
-    if args.strip:
+    if args.epochs:
+        epochs(args.epochs)
+    elif args.strip:
         strip(args.strip[0], args.strip[1:])
     else:
         if args.add:
