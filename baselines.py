@@ -14,6 +14,7 @@ published method's number. G-VBSM is not here: its data densification compares i
 a batch here has one image of each; several teachers would ask for a second network in every stage.
 """
 import contextlib
+import functools
 import math
 
 import numpy as np
@@ -75,48 +76,52 @@ def curriculum(progress):
     return 0.08 + 0.92 * (1 + math.cos(math.pi * progress)) / 2
 
 @contextlib.contextmanager
-def adjusted(network, x, classes, rho=0.015, K=12):
-    """DWA (Du et al., 2024): context in which the network's weights are moved by K steps of length rho / K up the
+def adjusted(network, x, classes, rho=0.015, steps=12):
+    """DWA (Du et al., 2024): context in which the network's weights are moved by steps of length rho / steps up the
     gradient of the starting images' cross-entropy, so that every batch meets another teacher. x: normalised [B, 3, S,
     S]. Where BatchNorm is folded into the convolutions, as in recover.py, the gradient is the folded weights'."""
     weights = list(network.parameters())
     kept = [weight.detach().clone() for weight in weights]
-    for _ in range(K):
-        with squeeze.autocast(network.requires_grad_(True)):
-            loss = F.cross_entropy(network(x).float(), classes)
-        gradient = torch.autograd.grad(loss, weights)
-        length = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part) for part in gradient]))
-        with torch.no_grad():
-            torch._foreach_add_(weights, torch._foreach_mul(gradient, rho / K / (length + 1e-12)))
     try:
+        for _ in range(steps):
+            with squeeze.autocast(network.requires_grad_(True)):
+                loss = F.cross_entropy(network(x).float(), classes)
+            gradient = torch.autograd.grad(loss, weights)
+            length = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part) for part in gradient]))
+            for weight, part in zip(weights, gradient):
+                weight.data += rho / steps / (length + 1e-12) * part
         yield network.requires_grad_(False)
     finally:
         for weight, old in zip(weights, kept):
-            weight.copy_(old)
+            weight.data.copy_(old)
+        network.requires_grad_(False)
 
 @torch.no_grad()
 def realistic_crops(job, args, candidates=300, crops=5):
     """RDED (Sun et al., 2024): of 300 random images a class, the best of five square crops each; of these the best make
     the images, four to one beyond 64 px. Best: the teacher's cross-entropy of the crop, its border filled, is least.
-    Returns start(k, classes) for recover.distil."""
+    Returns uint8 [K, ipc, 3, S, S]."""
     S, rng, device, made = job.data.size, np.random.default_rng(args.seed), squeeze.pick_device(), []
     grid, teacher = 2 if S > 64 else 1, job.teacher
-    d, border = S // grid, S - S // grid
+    d, wanted = -(-S // grid), args.ipc * grid**2
+    border = S - d
     for c in range(len(job.data.classes)):
-        own = rng.permutation((job.data.train.labels == c).nonzero()[:, 0].numpy())[:candidates]
+        own = rng.permutation((job.data.train.labels == c).nonzero()[:, 0].numpy())[:max(candidates, wanted)]
         images = squeeze.take(job.data, job.data.train, torch.from_numpy(own)).to(device).repeat(crops, 1, 1, 1)
         boxes = squeeze.crop_boxes(rng.random((len(images), 4)), (0.08, 1), (1, 1)).to(device)
-        views = squeeze.resample(images.float(), squeeze.crop_grid(boxes, boxes[:, 0] < 0, d)).round()
+        upright = torch.zeros(len(boxes), dtype=torch.bool, device=device)
+        views = squeeze.resample(images.float(), squeeze.crop_grid(boxes, upright, d)).round()
         seen = F.pad(squeeze.normalise(views, teacher["mean"], teacher["std"]), 2 * (border // 2, border - border // 2))
         with squeeze.autocast(job.network):
             loss = torch.cat([-job.network(part).float().log_softmax(1)[:, c] for part in seen.split(500)])
         best, which = loss.view(crops, -1).min(0)
-        first = best.argsort(stable=True)[:args.ipc * grid**2]
-        if len(first) < args.ipc * grid**2:
+        first = best.argsort(stable=True)[:wanted]
+        if len(first) < wanted:
             raise BadInput(f"--ipc {args.ipc}: {grid**2} crops an image of {len(own)} images of class {c}: lower it")
         chosen = views.view(crops, -1, 3, d, d)[which[first], first]
-        made.append(rearrange(chosen, "(gh gw n) c h w -> n c (gh h) (gw w)", gh=grid, gw=grid).to(torch.uint8).cpu())
-    return lambda k, classes: torch.stack(made)[classes, k]
+        tiled = rearrange(chosen, "(gh gw n) c h w -> n c (gh h) (gw w)", gh=grid, gw=grid)[..., :S, :S]
+        made.append(tiled.to(torch.uint8).cpu())
+    return torch.stack(made)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The stage
@@ -124,10 +129,11 @@ def realistic_crops(job, args, candidates=300, crops=5):
 def prepare(job, args):
     """What recover.run asks for. The pairs are the same in every round, there is no curriculum of filters. BadInput if
     --eta is unstable: gradient descent diverges for eta * lambda > 2."""
-    largest = max(torch.linalg.matrix_norm(layer.uncentred, 2) for layer in job.real.values())
-    if (args.eta or 0) * largest > 2:
-        raise BadInput(f"--eta {args.eta}: gradient descent diverges, eta * lambda is {args.eta * largest:.3g}: "
-                       f"use at most {2 / largest:.3g}, or leave it out to have it chosen")
+    if args.eta:
+        largest = max(torch.linalg.matrix_norm(layer.uncentred, 2) for layer in job.real.values())
+        if args.eta * largest > 2:
+            raise BadInput(f"--eta {args.eta}: gradient descent diverges, eta * lambda is {args.eta * largest:.3g}: "
+                           f"use at most {2 / largest:.3g}, or leave it out to have it chosen")
     job.pairs_of = lambda k: METHODS[args.method][0](args)
     if args.method == "cda":
         job.smallest = curriculum
@@ -135,7 +141,8 @@ def prepare(job, args):
         job.weights = lambda images, classes: adjusted(
             job.network, squeeze.normalise(images, job.teacher["mean"], job.teacher["std"]), classes)
     if args.method == "rded":
-        job.start = realistic_crops(job, args)
+        crops = functools.cache(lambda: realistic_crops(job, args))        # not before they are wanted
+        job.start = lambda k, classes: crops()[classes, k]
 
 def parse(argv):
     parser = squeeze.Parser(__doc__)
@@ -154,6 +161,8 @@ def parse(argv):
             raise BadInput(f"--{flag} is for --method {owner}, found {args.method}: leave it out")
         setattr(args, flag, getattr(args, flag) or default)
     _, args.signal, args.centred = METHODS[args.method]
+    if args.iterations == 0:
+        raise BadInput("--iterations 0: real images as they are come from recover.py: leave it out")
     if args.method == "rded":
         if args.iterations or args.init:
             raise BadInput("--method rded: crops of real images, no steps: leave out --iterations and --init")

@@ -6,8 +6,8 @@ or look at the images (--report), or write them as PNGs (--export).
 
 Each epoch shows a student the views that relabel.py showed the teacher, with the teacher's soft labels as the target
 (KL divergence at temperature T). Reported is the last epoch, mean and deviation over seeds, of the averaged student:
-the exponential average of the weights (0.99 a step). Raw last epochs, shown beside it, swing by points; best test
-epochs flatter and are not looked at. Missing labels are made first. Writes RUN/result.json.
+the exponential average of the weights (0.99 a step, less at first). Raw last epochs, shown beside it, swing by points;
+best test epochs flatter and are not looked at. Missing labels are made first. Writes RUN/result.json.
 """
 import itertools
 import math
@@ -154,7 +154,7 @@ def test_set(run, args, device):
     data = squeeze.load_data(settings["dataset"], args.data or settings["data"], content["images"].shape[-1],
                              len(content["classes"]), validate)
     squeeze.check_data(data, content, config)
-    return data._replace(test=squeeze.in_memory(data, data.test, device))
+    return data._replace(train=None, test=squeeze.in_memory(data, data.test, device))
 
 def recipe(argv, dataset, N, epochs):
     """The flags of a recipe, resolved for N images: few are trained in small batches, as in the authors' code."""

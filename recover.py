@@ -4,8 +4,8 @@
     python recover.py                                               toy, one or two minutes on a CPU
     python recover.py --dataset cifar10 --network convnet --ipc 10  a minute, and the teacher
 
---preset paper takes the paper's settings (3 to 13 minutes there); --iterations 0 leaves real images untouched, the
-honest rival. On one GPU: python recover.py --dataset tiny --ipc 100 --alpha-max 1.
+--preset paper takes the paper's settings (3 to 13 minutes there, and a teacher of 200 epochs); --iterations 0 leaves
+real images untouched, the honest rival. On one GPU: python recover.py --dataset tiny --ipc 100 --alpha-max 1.
 
 Images are made in batches, one image of every class (or of a chunk of the classes) at a time. All batches of round k,
 the k-th images of all classes, share alpha_k, which falls from alpha_max toward 0: early images match the low
@@ -35,7 +35,7 @@ from squeeze import BadInput, Namespace, number
 # ---------------------------------------------------------------------------------------------------------------------
 # One batch
 
-def random_views(rng, T, B, size, device, smallest=0.08):
+def random_views(rng, T, B, size, device, smallest):
     """The views of T iterations, drawn ahead with NumPy, the same on every device: view(images [B, 3, S, S], t). Crop
     and flip are drawn per image; a roll by 0-4 pixels is the batch's. smallest: crop, share of the area; or [T * B]."""
     boxes = squeeze.crop_boxes(rng.random((T * B, 4)), (smallest, 1)).view(T, B, 4).to(device)
@@ -72,7 +72,7 @@ def to_uint8(images, teacher):
 
 def step_of(b, args):
     """How batch b = 1, 2, ... joins those before it (see spectral.merge): as if all feature vectors were one set,
-    None, or by Eq. 17, b. For H^T H / n both are the same."""
+    None, or by Eq. 17, b. For H^T H / n of equal batches both are the same, so it is always the first."""
     return b if args.emu == "paper" and args.centred and b > 1 else None
 
 @torch.no_grad()
@@ -101,7 +101,10 @@ def make_batch(job, args, images, classes, memory, rng):
     """Optimise the starting images [B, 3, S, S] of `classes` [B]; EMU's memory then holds them too. uint8 to uint8."""
     Y = F.one_hot(classes, len(job.teacher["classes"])) if args.signal == "class" else None
     old, step = {} if args.emu == "off" else memory["layers"], step_of(memory["b"] + 1, args)
-    T, shape = args.iterations, (len(images), images.shape[-1], images.device)
+
+    def views(T):
+        smallest = np.repeat([job.smallest(t / T) for t in range(T)], len(images))
+        return random_views(rng, T, len(images), images.shape[-1], images.device, smallest)
     with job.weights(images, classes), spectral.collect_inputs(job.network, job.select, spectral.moments, Y) as layers:
         def losses(x):
             with squeeze.autocast(job.network):
@@ -109,10 +112,9 @@ def make_batch(job, args, images, classes, memory, rng):
             with naming_alpha():                           # few feature vectors resolve less than the real side
                 return F.cross_entropy(logits.float(), classes), job.matching(layers, old, step)
         job.layers = layers
-        smallest = np.repeat([job.smallest(t / T) for t in range(T)], len(images))
-        images = optimise(images, losses, random_views(rng, T, *shape, smallest), args, job)
+        images = optimise(images, losses, views(args.iterations), args, job)
         if args.emu != "off":
-            seen = view_statistics(images, job.network, layers, random_views(rng, min(10, T), *shape), job.teacher, args)
+            seen = view_statistics(images, job.network, layers, views(min(10, args.iterations)), job.teacher, args)
             memory["layers"] = spectral.merge(old, seen, step)
     return images
 
@@ -147,7 +149,7 @@ def resumed(folder, device):
     memory, raw = squeeze.load_state(folder / "memory.pt"), folder / "images.raw"
     try:
         whole = zlib.crc32(np.memmap(raw, mode="r", shape=(memory["bytes"],))) == memory["crc"]
-    except (OSError, ValueError):                          # missing or too short
+    except (OSError, ValueError, KeyError):                # missing, too short, or an older version's
         whole = False
     if not whole:
         raise BadInput(f"{raw}: not the {memory['b']} batches that memory.pt counts: remove {folder} and start again")
@@ -226,8 +228,6 @@ def finish(folder, config, teacher, args, seconds):
     save_image(make_grid(shown.reshape(-1, 3, S, S).float() / 255, nrow=shown.shape[1], padding=1),
                folder / "preview.png")
     squeeze.finish_run(folder, config, ["images.pt"], seconds=seconds, image_bytes=images.numel())
-    for name in ("images.raw", "memory.pt"):
-        (folder / name).unlink()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The stage
@@ -290,15 +290,15 @@ def preset_of(args):
 def run_name(method, args, defaults):
     """The run's folder: method and IPC, then every setting that is not the default, so that no two runs share one."""
     if args.iterations == 0 and args.init != "noise":
-        return f"{args.init}-ipc{args.ipc}"
+        return f"{args.init}-ipc{args.ipc}" + (f"-seed{args.seed}" if args.init == "rded" and args.seed else "")
     hidden = ("dataset", "data", "network", "teacher", "ipc", "filter", "method", "centred", "resume")
     defaults = {**vars(defaults), **preset_of(args)}
     return "-".join([method, f"ipc{args.ipc}", *squeeze.changed(vars(args), defaults, hidden)])
 
 def choose_teacher(args):
     """The folder of the squeeze run to use and the flags that make it; what --teacher implies is filled into args.
-    Without --teacher, and where it was measured (CIFAR), it is one of early * sqrt(ipc) epochs: 4, 13, 28 and 40 for
-    1, 10, 50 and 100 images a class."""
+    Without --teacher, CIFAR's is one of early * sqrt(ipc) epochs: 4, 13, 28 and 40 for 1, 10, 50 and 100 images a class
+    (measured on ConvNet-128)."""
     if args.teacher:
         made = squeeze.read_config(args.teacher, "squeeze", True)["settings"]
         for flag in ("dataset", "network"):
@@ -360,6 +360,8 @@ def run(args, method, defaults, prepare):
     if not config["artefacts"]:
         seconds = distil(job, args)
         finish(job.folder, config, teacher, args, seconds)
+    for name in ("images.raw", "memory.pt"):
+        (job.folder / name).unlink(missing_ok=True)
     squeeze.checked(job.folder, "images.pt", config)
     print(f"images: {job.folder / 'images.pt'}, {config['results']['seconds']:.0f} s, peak memory "
           f"{squeeze.peak_memory(device):.0f} MB; look at {job.folder / 'preview.png'}\n"

@@ -72,8 +72,7 @@ def soft_labels(network, teacher, images, views, batch):
         yield logits.float()
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Labels on disk: an epoch at a time is mapped, written or read, and let go, so that memory does not grow with the
-# epochs
+# Labels on disk, an epoch at a time, so that memory does not grow with the epochs
 
 def compress(logits, k, temperature=20.0):
     """The k largest logits and one for all the rest, [N, k + 1], with their classes, int16 [N, k].
@@ -215,7 +214,8 @@ def import_images(parent, source, resume):
     if strange:
         raise BadInput(f"--images {source}: class {strange[0]!r} is none of the teacher's in {parent}")
     paths, labels = squeeze.image_files(source, folders)
-    position = torch.cat([torch.arange(n) for n in torch.bincount(labels)])    # in its class; paths go class by class
+    counts = labels.unique_consecutive(return_counts=True)[1]                  # paths go class by class, by name
+    position = torch.cat([torch.arange(n) for n in counts])                    # in its class
     order = np.lexsort((labels, position))
     files = squeeze.Files(squeeze.Split([paths[i] for i in order], labels[order]), T.PILToTensor())
     tensors, labels = [files[i][0] for i in range(len(files))], files.split.labels
@@ -245,7 +245,7 @@ def parse(argv):
     add("--teacher", metavar="DIR", help="the squeeze run that labels (default: the one whose spectra were matched)")
     add = parser.add_argument_group("how").add_argument
     add("--epochs", type=number(int, 1), help="epochs of students to make labels for (CIFAR 1000, toy 60, else 300)")
-    add("--scale", type=number(float, 0, strict=True), help="smallest crop, share of the area (CIFAR 0.08, else 0.5)")
+    add("--scale", type=number(float, 0, strict=True), help="smallest crop, share of the area (CIFAR, toy 0.08; 0.5)")
     add("--keep-epochs", type=number(int, 1), metavar="E", help="store E epochs, students cycle through them")
     add("--top-k", type=number(int, 1), metavar="K", help="store the K largest logits, the rest share what is left")
     add("--batch", type=number(int, 1), default=500, help="images a forward pass (default 500)")

@@ -55,8 +55,8 @@ SMALL = dict(epochs=100, lr=0.1, wd=5e-4, batch=128, schedule="cosine", augment=
 LARGE = dict(epochs=90, lr=0.1, wd=1e-4, batch=256, schedule="cosine", augment="resized")
 CIFAR = dict(size=32, network="resnet18", relabel=dict(epochs=1000, scale=0.08), early=4,
              ours=dict(init="confident", iterations=100, lr=0.02, gamma=10.0, emu="pool"))
-FOLDER = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], size=224, network="resnet18", ours=dict(emu="pool"),
-              squeeze=LARGE, recover=RECOVER, relabel=dict(epochs=300, scale=0.5), batch=(0, 100, 100))
+FOLDER = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], size=224, network="resnet18", squeeze=LARGE,
+              recover=RECOVER, ours=dict(emu="pool"), relabel=dict(epochs=300, scale=0.5), batch=(0, 100, 100))
 PRESETS = {
     "toy": dict(mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25], size=32, network="convnet", ours=dict(emu="pool"),
                 squeeze=dict(SMALL, epochs=4, lr=0.05, batch=50), recover=dict(RECOVER, iterations=100, batch=10),
@@ -206,8 +206,9 @@ def load_cifar(kind, root):
                     0 <= labels.min() <= labels.max() < K):
                 raise ValueError(f"{images.dtype} {images.shape} with labels {labels.shape} to {labels.max()}")
         except Exception as error:                         # what pickle raises has no common ancestor
-            raise BadInput(f"--data {folder / name}: a truncated, damaged or hostile file found ({error}), expected {n} "
-                           f"images of {K} classes: remove it") from error
+            wanted = f"{n} images of {K} classes" if K else "class names"
+            raise BadInput(f"--data {folder / name}: a truncated, damaged or hostile file found ({error}), expected "
+                           f"{wanted}: remove it") from error
         files[name] = torch.from_numpy(images).view(n, 3, 32, 32), torch.from_numpy(labels)
     *train, test = files.values()
     return Split(*map(torch.cat, zip(*train))), Split(*test), classes
@@ -296,8 +297,8 @@ def load_data(name, root, size=None, classes=None, validate=None):
     return Data(name, names, size, train, test, digest.hexdigest())
 
 class Files(torch.utils.data.Dataset):
-    """Image files, decoded to RGB (grey and CMYK are converted). Random transforms are drawn from (seed, position): the
-    same for any number of workers."""
+    """Image files, decoded to RGB (grey and CMYK are converted). Random transforms are drawn from seed + position:
+    the same for any number of workers."""
 
     def __init__(self, split, transform, seed=None):
         self.split, self.transform, self.seed = split, transform, seed
@@ -621,8 +622,8 @@ def show(args):
     print("settings: " + " ".join(f"{key}={value}" for key, value in settings(args).items()))
 
 def changed(settings, defaults, hidden=()):
-    """["epochs16", "no-emu", ...]: every setting that is not the default. The names of folders and of rows are made of
-    these, so that no two runs share one."""
+    """["epochs16", "emupaper", ...]: every setting that is not the default. The names of folders and of rows are made
+    of these, so that no two runs share one."""
     return [key.replace("_", "-") + ("" if value is True else Path(str(value)).name) for key, value in settings.items()
             if key not in hidden and value != defaults[key]]
 
@@ -741,6 +742,9 @@ def given_weights(network, args, teacher):
         state = (torchvision.models.get_model_weights(args.network).IMAGENET1K_V1.get_state_dict(check_hash=True)
                  if args.pretrained else torch.load(args.teacher, weights_only=True, map_location="cpu"))
         about = {key: list(state.get(key, teacher[key])) for key in ("classes", "mean", "std")}
+        if not all(len(about[key]) == 3 and all(0 <= v <= 1 for v in about[key]) for key in ("mean", "std")):
+            remedy = "mean and std must be three numbers of [0, 1] each"
+            raise ValueError
     except Exception as error:                             # urllib's, or a broken file's
         raise BadInput(f"{flag}: {remedy} ({type(error).__name__})") from error
     if about["classes"] != teacher["classes"]:             # a teacher.pt knows its own

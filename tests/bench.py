@@ -81,7 +81,7 @@ def reference_loss(network, view, labels, real):
 def reference_steps(network, images, labels, real, T):
     images = images.contiguous(memory_format=torch.contiguous_format).clone().requires_grad_()
     optimizer = torch.optim.Adam([images], 0.1, betas=(0.5, 0.9))
-    view = recover.random_views(np.random.default_rng(0), T, len(images), images.shape[-1], images.device)
+    view = recover.random_views(np.random.default_rng(0), T, len(images), images.shape[-1], images.device, 0.08)
     for t in range(T):
         loss = reference_loss(network, view(images, t).contiguous(), labels, real)
         optimizer.zero_grad()
@@ -93,7 +93,7 @@ def reference_steps(network, images, labels, real, T):
 def our_steps(network, images, labels, real, T):
     """recover.py's own loop, with what it prepares once a round."""
     matching = spectral.matching(real, spectral.cfm_pairs(ALPHA))
-    view = recover.random_views(np.random.default_rng(0), T, len(images), images.shape[-1], images.device)
+    view = recover.random_views(np.random.default_rng(0), T, len(images), images.shape[-1], images.device, 0.08)
     with spectral.collect_inputs(network, transform=spectral.moments) as layers:
         def losses(x):
             with squeeze.autocast(network):

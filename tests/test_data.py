@@ -143,6 +143,8 @@ def test_teacher_file(here):
     Path("mine.pth").write_bytes(b"nothing")
     one_line(squeeze.main, ["--classes", "4", "--teacher", "mine.pth"], "not a readable state dict")
     one_line(squeeze.main, ["--classes", "4", "--teacher", "absent.pth"], "--teacher absent.pth")
+    torch.save({**mine, "mean": [123.0, 117.0, 104.0]}, "bytes.pth")
+    one_line(squeeze.main, ["--classes", "4", "--teacher", "bytes.pth"], "mean and std must be three numbers of [0, 1]")
     assert not Path("runs").exists()
 
 

@@ -317,7 +317,7 @@ def test_view_statistics_are_those_of_the_views(here):
             network(torch.roll(squeeze.resample(x, squeeze.crop_grid(boxes[t], flips[t], 32)), rolls[t], (2, 3)))
         seen.append({name: value.clone() for name, value in features.items()})
     for emu in ("pool", "paper"):
-        view = recover.random_views(np.random.default_rng(5), 3, 4, 32, images.device)
+        view = recover.random_views(np.random.default_rng(5), 3, 4, 32, images.device, 0.08)
         with spectral.collect_inputs(network, transform=spectral.moments) as layers:
             found = recover.view_statistics(images, network, layers, view, teacher,
                                             Namespace(emu=emu, centred=True, iterations=3))

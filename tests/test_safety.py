@@ -290,6 +290,13 @@ def test_class_names_survive_the_way_out_and_back(tmp_path, monkeypatch):
     relabel.main([str(teacher), "--images", "back", "--epochs", "1"])
     contents = [torch.load(teacher / run / "images.pt", weights_only=True) for run in ("real-ipc2", "back")]
     assert torch.equal(contents[0]["images"], contents[1]["images"]) and contents[1]["classes"] == NAMES
+    first = sorted(squeeze.folder_names(NAMES))[-1]        # uneven classes keep positions whatever the folders' order
+    shutil.copy(next((Path("back") / first).iterdir()), Path("back") / first / "00002.png")
+    shutil.rmtree(teacher / "back")
+    relabel.main([str(teacher), "--images", "back", "--epochs", "1"])
+    uneven = torch.load(teacher / "back" / "images.pt", weights_only=True)["labels"]
+    assert uneven[:-1].tolist() == list(range(len(NAMES))) * 2
+    (Path("back") / first / "00002.png").unlink()
     (tmp_path / "raw" / "Great White").mkdir(parents=True)               # a folder made by others: plain names do as well
     shutil.copytree("back", "raw", dirs_exist_ok=True)
     Path("raw/a%2Fb").rename("raw/not known")
