@@ -342,7 +342,7 @@ def run(args, method, defaults, prepare):
     print(f"plan: {args.ipc} rounds of {K} images, {args.ipc * math.ceil(K / args.batch)} batches of {args.iterations} "
           f"iterations on {device}; images {3e-6 * N * data.size**2:.1f} MB, labels {2e-6 * N * K:.2f} MB an epoch",
           flush=True)
-    squeeze.ensure(parent, flags, args.resume)
+    squeeze.ensure(parent, "squeeze", flags, squeeze.main, lambda args: squeeze.run(args, parent), args.resume)
     network, teacher, parent_config = squeeze.load_teacher(parent, device)
     squeeze.check_data(data, teacher, parent_config)
     confidence, select, real = load_statistics(parent, parent_config, args.layers)

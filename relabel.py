@@ -267,14 +267,8 @@ def main(argv):
 
 def ensure(run, teacher, epochs, resume):
     """Make the labels of a run that has none, or the rest of unfinished ones if asked to resume."""
-    folder = label_folder(run, teacher)
-    if not (folder / "config.json").is_file():
-        flags = [str(word) for pair in (("--epochs", epochs), ("--teacher", teacher)) if pair[1] for word in pair]
-        print(f"{run}: no labels yet, so first: python relabel.py {run} {' '.join(flags)}", flush=True)
-        main([str(run), *flags])
-    elif not (config := squeeze.read_config(folder, "relabel", resume))["artefacts"]:
-        print(f"{folder}: unfinished, so its relabelling goes on first", flush=True)
-        make(run, Namespace(**config["settings"], resume=True))
+    flags = [str(word) for pair in (("--epochs", epochs), ("--teacher", teacher)) if pair[1] for word in pair]
+    squeeze.ensure(label_folder(run, teacher), "relabel", [str(run), *flags], main, lambda a: make(run, a), resume)
 
 def make(run, args):
     """The stage after its flags: also what eval.py calls for missing or unfinished labels."""

@@ -806,14 +806,14 @@ def teacher_folder(args):
     extra = changed(vars(args), defaults, hidden)
     return Path("runs") / "-".join([args.dataset, *own, args.network, *extra])
 
-def ensure(folder, flags, resume):
-    """Squeeze a missing teacher with these flags, or the rest of an unfinished one if asked to resume."""
+def ensure(folder, stage, flags, main, go_on, resume):
+    """Run a stage that a later one needs: main(flags), or go_on(args) with an unfinished one's if asked to resume."""
     if not (folder / "config.json").is_file():
-        print(f"{folder}: no teacher yet, so first: python squeeze.py {' '.join(flags)}", flush=True)
+        print(f"{folder}: not there yet, so first: python {stage}.py {' '.join(flags)}", flush=True)
         main(flags)
-    elif not (config := read_config(folder, "squeeze", resume))["artefacts"]:
-        print(f"{folder}: unfinished, so its squeeze goes on first", flush=True)
-        run(Namespace(**config["settings"], resume=True), folder)
+    elif not (config := read_config(folder, stage, resume))["artefacts"]:
+        print(f"{folder}: unfinished, so {stage}.py goes on first", flush=True)
+        go_on(Namespace(**config["settings"], resume=True))
 
 def main(argv):
     args = parse(argv)

@@ -179,7 +179,7 @@ def test_pipeline_and_its_contracts(here, capsys):
     assert (run / "preview.png").is_file() and not (run / "memory.pt").exists()
     evaluation.main([str(run), "--seeds", "2", "--epochs", "3"])
     out = capsys.readouterr().out
-    assert "no labels yet" in out and "±" in out
+    assert "not there yet" in out and "±" in out
     result = json.loads((run / "result.json").read_text())
     row = result["convnet-epochs3"]
     assert set(result) == {"convnet-epochs3", "sha256"} and set(row["seeds"]) == {"0", "1"}
