@@ -28,25 +28,8 @@ from spectral import gradient_descent, identity, low_pass, ridge
 from squeeze import BadInput, number
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The table: flags -> pairs (g, f) or (g, f_real, f_syn) as spectral.matching takes them. g: "I" matches filters
-# f(Psi), "diag" their diagonals, "x" signals f(Psi) Phi.
-
-def dm(args):
-    """Eq. 2: class means, || H^T Y - H_s^T Y_s ||. All-pass: nothing is weighted, so what is large dominates."""
-    return [("x", identity)]
-
-def sre2l(args):
-    """Eq. 3: BatchNorm's statistics, || diag FFC - diag FFC_s || + || mean - mean_s || of (here) convolution inputs."""
-    return [("diag", low_pass), ("x", identity)]
-
-def dc(args):
-    """Eq. 4-5: the gradient of a linear head is FFC W - FLC, so for any W the gradients differ by at most
-    || FFC - FFC_s || ||W|| + || FLC - FLC_s ||. The bound is what is minimised."""
-    return [("I", low_pass), ("x", identity)]
-
-def covm(args):
-    """DM with covariance matching on top: DC's pairs, of the centred FFC."""
-    return [("x", identity), ("I", low_pass)]
+# The table: flags -> pairs (g, f) or (g, f_real, f_syn) as spectral.matching takes them. g: "I" matches filters f(Psi),
+# "diag" their diagonals, "x" signals f(Psi) Phi.
 
 def mtt(args):
     """Eq. 6-9: p steps of gradient descent on a linear head turn W_0 into
@@ -57,15 +40,24 @@ def mtt(args):
         return list(zip("Ix", gradient_descent(eta, args.p), gradient_descent(eta, args.q)))
     return pairs
 
-def frepo(args):
-    """Eq. 10-14: kernel ridge regression, H H^T + beta I by its dual: || (FFC + beta I)^-1 FLC - (...)_s ||."""
-    return [("x", ridge(args.beta))]
-
-# Which FLC they look at, and whether FFC is centred: DC, MTT and FrePo are derived for a linear head without bias, so
-# theirs is H^T H / n. CDA and DWA have SRe2L's pairs; RDED makes no step.
-METHODS = {"dm": (dm, "class", True), "sre2l": (sre2l, "mean", True), "dc": (dc, "class", False),
-           "covm": (covm, "class", True), "mtt": (mtt, "class", False), "frepo": (frepo, "class", False),
-           "cda": (sre2l, "mean", True), "dwa": (sre2l, "mean", True), "rded": (dm, "class", True)}
+SRE2L = lambda args: [("diag", low_pass), ("x", identity)]
+# Beside the pairs: which FLC they look at, and whether FFC is centred. DC, MTT and FrePo are derived for a linear head
+# without bias, so theirs is H^T H / n.
+METHODS = {
+    # Eq. 2: class means, || H^T Y - H_s^T Y_s ||. All-pass: nothing is weighted, so what is large dominates.
+    "dm": (lambda args: [("x", identity)], "class", True),
+    # Eq. 3: BatchNorm's statistics, || diag FFC - diag FFC_s || + || mean - mean_s || of (here) convolution inputs.
+    "sre2l": (SRE2L, "mean", True),
+    # Eq. 4-5: the gradient of a linear head is FFC W - FLC, so for any W the gradients differ by at most
+    # || FFC - FFC_s || ||W|| + || FLC - FLC_s ||. The bound is what is minimised.
+    "dc": (lambda args: [("I", low_pass), ("x", identity)], "class", False),
+    # DM with covariance matching on top: DC's pairs, of the centred FFC.
+    "covm": (lambda args: [("x", identity), ("I", low_pass)], "class", True),
+    "mtt": (mtt, "class", False),
+    # Eq. 10-14: kernel ridge regression, H H^T + beta I by its dual: || (FFC + beta I)^-1 FLC - (...)_s ||.
+    "frepo": (lambda args: [("x", ridge(args.beta))], "class", False),
+    # Today's rivals: SRe2L's pairs with other views (CDA) or weights (DWA); no step at all (RDED).
+    "cda": (SRE2L, "mean", True), "dwa": (SRE2L, "mean", True), "rded": (SRE2L, "mean", True)}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the rivals change beside the pairs
