@@ -93,8 +93,8 @@ def realistic_crops(job, args, candidates=300, crops=5):
     """RDED (Sun et al., 2024): of 300 random images a class, the best of five square crops each; of these the best make
     the images, four to one beyond 64 px. Best: the teacher's cross-entropy of the crop, its border filled, is least.
     Returns uint8 [K, ipc, 3, S, S]."""
-    S, rng, device, made = job.data.size, np.random.default_rng(args.seed), squeeze.pick_device(), []
-    grid, teacher = 2 if S > 64 else 1, job.teacher
+    S, rng, made, teacher = job.data.size, np.random.default_rng(args.seed), [], job.teacher
+    grid, device = 2 if S > 64 else 1, next(job.network.parameters()).device
     d, wanted = -(-S // grid), args.ipc * grid**2
     border = S - d
     for c in range(len(job.data.classes)):

@@ -121,7 +121,11 @@ def make_batch(job, args, images, classes, memory, rng):
 # ---------------------------------------------------------------------------------------------------------------------
 # All batches
 
-def initial_images(data, index, k, classes, args, rng):
+# What baselines may change of a job: the images to start from instead of --init's, the smallest crop at some progress
+# of a batch, as share of the area, and a context with other weights of the teacher for a batch.
+PLAIN = dict(start=None, smallest=lambda progress: 0.08, weights=lambda images, classes: contextlib.nullcontext())
+
+def initial_images(data, index, k, classes, rng):
     """uint8 [B, 3, S, S]: round k's training image of each class of the chunk, or Gaussian noise."""
     if index is not None:
         return squeeze.take(data, data.train, index[k, classes])
@@ -178,13 +182,11 @@ def distil(job, args):
     """Make all batches of a run, round by round. A finished one goes to images.raw at once, and memory.pt says how many
     there are and holds the EMU: a killed run goes on with the next batch, and memory does not grow with IPC.
 
-    job: folder, data, network, teacher (teacher.pt's dict), confidence [n], real {layer: Statistics}, select, and
-    pairs_of(k), the pairs of Theorem 1 in round k; and what baselines may change (see `run`). Returns seconds.
+    job: folder, data, network, teacher (teacher.pt's dict), index (see starting_images; None: noise), select, real
+    {layer: Statistics}, pairs_of(k), and what is in PLAIN. Returns seconds.
     """
     K, device = len(job.data.classes), squeeze.pick_device()
     chunks = torch.arange(K).split(args.batch)
-    index = None if args.init == "noise" else starting_images(job.data, args.ipc,
-                                                              job.confidence if args.init == "confident" else None)
     memory, total = resumed(job.folder, device), args.ipc * len(chunks)
     done, start, before = memory["b"], time.time(), memory["seconds"]
 
@@ -205,7 +207,7 @@ def distil(job, args):
     for b in range(done, total):
         k, classes = b // len(chunks), chunks[b % len(chunks)]
         rng = np.random.default_rng([args.seed, b])        # a batch's randomness depends on nothing before it
-        images = job.start(k, classes) if job.start else initial_images(job.data, index, k, classes, args, rng)
+        images = job.start(k, classes) if job.start else initial_images(job.data, job.index, k, classes, rng)
         if args.iterations:
             if b == done or b % len(chunks) == 0:          # the real side is constant within a round
                 job.matching = spectral.matching(job.real, job.pairs_of(k), args.signal, args.centred)
@@ -315,20 +317,25 @@ def choose_teacher(args):
              "--data", args.data or "data"]
     return squeeze.teacher_folder(squeeze.parse(flags)), flags
 
-def load_statistics(parent, config, layers):
-    """What squeeze.py found: (confidence [n], which layers to match, their real side {name: Statistics})."""
+def load_job(data, parent, args):
+    """What distil needs of a finished squeeze run, and that run's config."""
+    device = squeeze.pick_device()
+    network, teacher, config = squeeze.load_teacher(parent, device)
+    squeeze.check_data(data, teacher, config)
     found = squeeze.load(parent, "statistics.pt", config)
     if "share" not in found["layers"][found["head"]]:
         raise BadInput(f"{parent}: statistics of an older version: squeeze again")
     last = lambda name, module: name == found["head"]
-    return found["confidence"], last if layers == "last" else spectral.is_main_convolution, {
-        name: spectral.Statistics(**layer) for name, layer in found["layers"].items()
-        if last(name, None) == (layers == "last")}
+    real = {name: spectral.Statistics(**layer).to(device) for name, layer in found["layers"].items()
+            if last(name, None) == (args.layers == "last")}
+    index = None if args.init == "noise" else starting_images(
+        data, args.ipc, found["confidence"] if args.init == "confident" else None)
+    return Namespace(**PLAIN, data=data, network=network, teacher=teacher, real=real, index=index,
+                     select=last if args.layers == "last" else spectral.is_main_convolution), config
 
 def run(args, method, defaults, prepare):
     """The stage after its flags, for recover.py and baselines.py. defaults: args with no flag given. prepare(job, args)
-    sets job.pairs_of, and for some baselines: job.start(k, classes), the images to start from, instead of --init's;
-    job.smallest(progress), the smallest crop; job.weights(images, classes), a context with other teacher's weights."""
+    sets job.pairs_of(k), the pairs of Theorem 1 in round k, and may change what is in PLAIN."""
     (parent, flags), device = choose_teacher(args), squeeze.pick_device()
     squeeze.fill(args, preset_of(args))
     squeeze.show(args)
@@ -343,23 +350,16 @@ def run(args, method, defaults, prepare):
           f"iterations on {device}; images {3e-6 * N * data.size**2:.1f} MB, labels {2e-6 * N * K:.2f} MB an epoch",
           flush=True)
     squeeze.ensure(parent, "squeeze", flags, squeeze.main, lambda args: squeeze.run(args, parent), args.resume)
-    network, teacher, parent_config = squeeze.load_teacher(parent, device)
-    squeeze.check_data(data, teacher, parent_config)
-    confidence, select, real = load_statistics(parent, parent_config, args.layers)
-    job = Namespace(data=data, network=network, teacher=teacher, confidence=confidence, select=select,
-                    folder=parent / run_name(method, args, defaults), start=None, smallest=lambda progress: 0.08,
-                    weights=lambda *batch: contextlib.nullcontext(),
-                    real={name: layer.to(device) for name, layer in real.items()})
+    job, parent_config = load_job(data, parent, args)
+    job.folder, args.precision = parent / run_name(method, args, defaults), job.teacher["precision"]
     prepare(job, args)                                     # refuses an unstable rate; the next line, a tiny alpha
     if args.iterations:
         with naming_alpha():
             spectral.matching(job.real, job.pairs_of(args.ipc - 1), args.signal, args.centred)(job.real)
-    args.precision = teacher["precision"]
     config = squeeze.open_run(job.folder, "recover", squeeze.settings(args),
                               {"data": data.sha256, **parent_config["artefacts"]}, args.resume)
     if not config["artefacts"]:
-        seconds = distil(job, args)
-        finish(job.folder, config, teacher, args, seconds)
+        finish(job.folder, config, job.teacher, args, distil(job, args))
     for name in ("images.raw", "memory.pt"):
         (job.folder / name).unlink(missing_ok=True)
     squeeze.checked(job.folder, "images.pt", config)

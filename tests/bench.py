@@ -318,9 +318,9 @@ def growth(ipc, classes):
     real = {name: spectral.Statistics(**layer).to(device) for name, layer in found["layers"].items()
             if name != found["head"]}
     with tempfile.TemporaryDirectory() as folder:
-        job = squeeze.Namespace(folder=Path(folder), data=data, network=network, real=real, 
+        job = squeeze.Namespace(**recover.PLAIN, folder=Path(folder), data=data, network=network, real=real,
                                 select=spectral.is_main_convolution, teacher={**HALF, "classes": data.classes},
-                                confidence=found["confidence"], pairs_of=lambda k: recover.cfm_pairs(k, args))
+                                index=recover.starting_images(data, ipc), pairs_of=lambda k: recover.cfm_pairs(k, args))
         seconds = recover.distil(job, args)
     return seconds / (ipc * classes), squeeze.peak_memory(device)
 

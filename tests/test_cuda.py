@@ -17,6 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 import eval as evaluation
+import baselines
 import recover
 import relabel
 import spectral
@@ -103,13 +104,16 @@ def test_statistics_and_recover(cuda, folded, signal, emu, centred):
             if name != found["head"]}
     args = Namespace(iterations=2, lr=0.1, gamma=0.1, emu=emu, centred=centred, signal=signal, filter="cfm", ipc=2,
                      alpha_max=0.1, schedule="cosine", loss="both")
-    job = Namespace(network=network, teacher=TEACHER, select=spectral.is_main_convolution, report=lambda *args: None, every=100,
-                    matching=spectral.matching(real, recover.cfm_pairs(0, args), signal, centred))
+    job = Namespace(**recover.PLAIN, network=network, teacher=TEACHER, select=spectral.is_main_convolution, every=100,
+                    report=lambda *args: None, matching=spectral.matching(real, recover.cfm_pairs(0, args), signal, centred))
     memory, rng = dict(b=0, layers={}), np.random.default_rng(0)
     for memory["b"] in range(2):
         images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8, device=cuda)
         images = recover.make_batch(job, args, images, torch.arange(4, device=cuda), memory, rng)
     assert images.device.type == "cuda" and images.dtype == torch.uint8 and len(memory["layers"]) == 3
+    x = squeeze.normalise(images, TEACHER["mean"], TEACHER["std"])
+    with baselines.adjusted(network, x, torch.arange(4, device=cuda)) as moved:        # DWA's step
+        assert moved(x).device.type == "cuda"
 
 
 def test_the_backward_of_covariance(cuda):
