@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-import eval as evaluation
 import baselines
+import eval as evaluation
 import recover
 import relabel
 import spectral
@@ -54,7 +54,8 @@ def cuda(monkeypatch):
     monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", lambda self, **kw: (
         real_step(self), reached.__setitem__(slice(None), [p for group in self.param_groups for p in group["params"]])))
     monkeypatch.setattr(torch.Tensor, "backward", backward)
-    monkeypatch.setattr(torch.autograd, "grad", lambda loss, x: [torch.zeros_like(x) + loss])
+    monkeypatch.setattr(torch.autograd, "grad", lambda loss, x: [
+        torch.zeros_like(part) + loss for part in (x if isinstance(x, list) else [x])])
     monkeypatch.setattr(torch.Tensor, "item", lambda self: 1.0)
     monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: True)
     monkeypatch.setattr(nn.Module, "to", lambda self, *args, **kw: self)
