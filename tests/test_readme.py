@@ -120,6 +120,7 @@ def test_shell_blocks(here):
 def test_python_blocks(here):
     recover.main(["--iterations", "0"])
     Path("runs/toy-convnet/real-ipc10").rename("runs/toy-convnet/cfm-ipc10")
+    relabel.main(["runs/toy-convnet/cfm-ipc10", "--epochs", "2"])
     snippets = blocks(README, "python")
     assert len(snippets) >= 2
     for snippet in snippets:
