@@ -134,7 +134,7 @@ def prepare(job, args):
             job.network, squeeze.normalise(images, job.teacher["mean"], job.teacher["std"]), classes)
     if args.method == "rded":
         crops = functools.cache(lambda: realistic_crops(job, args))        # not before they are wanted
-        job.start = lambda k, classes: crops()[classes, k]
+        job.start = lambda job, k, classes, rng: crops()[classes, k]
 
 def parse(argv):
     parser = squeeze.Parser(__doc__)

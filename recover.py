@@ -121,16 +121,16 @@ def make_batch(job, args, images, classes, memory, rng):
 # ---------------------------------------------------------------------------------------------------------------------
 # All batches
 
-# What baselines may change of a job: the images to start from instead of --init's, the smallest crop at some progress
-# of a batch, as share of the area, and a context with other weights of the teacher for a batch.
-PLAIN = dict(start=None, smallest=lambda progress: 0.08, weights=lambda images, classes: contextlib.nullcontext())
-
-def initial_images(data, index, k, classes, rng):
+def initial_images(job, k, classes, rng):
     """uint8 [B, 3, S, S]: round k's training image of each class of the chunk, or Gaussian noise."""
-    if index is not None:
-        return squeeze.take(data, data.train, index[k, classes])
-    noise = rng.normal(127.5, 64, (len(classes), 3, data.size, data.size))
+    if job.index is not None:
+        return squeeze.take(job.data, job.data.train, job.index[k, classes])
+    noise = rng.normal(127.5, 64, (len(classes), 3, job.data.size, job.data.size))
     return torch.from_numpy(noise.clip(0, 255).astype(np.uint8))
+
+# What baselines may change of a job: the images to start from, the smallest crop at some progress of a batch, as share
+# of the area, and a context with other weights of the teacher for a batch.
+PLAIN = dict(start=initial_images, smallest=lambda progress: 0.08, weights=lambda *batch: contextlib.nullcontext())
 
 def starting_images(data, ipc, confidence=None):
     """index [ipc, K]: row k holds the position of the k-th training image of every class; with confidence [n], of the
@@ -207,7 +207,7 @@ def distil(job, args):
     for b in range(done, total):
         k, classes = b // len(chunks), chunks[b % len(chunks)]
         rng = np.random.default_rng([args.seed, b])        # a batch's randomness depends on nothing before it
-        images = job.start(k, classes) if job.start else initial_images(job.data, job.index, k, classes, rng)
+        images = job.start(job, k, classes, rng)
         if args.iterations:
             if b == done or b % len(chunks) == 0:          # the real side is constant within a round
                 job.matching = spectral.matching(job.real, job.pairs_of(k), args.signal, args.centred)
@@ -300,7 +300,7 @@ def run_name(method, args, defaults):
 def choose_teacher(args):
     """The folder of the squeeze run to use and the flags that make it; what --teacher implies is filled into args.
     Without --teacher, CIFAR's is one of early * sqrt(ipc) epochs: 4, 13, 28 and 40 for 1, 10, 50 and 100 images a class
-    (measured on ConvNet-128)."""
+    (4, and 8 to 16, were measured, on ConvNet-128)."""
     if args.teacher:
         made = squeeze.read_config(args.teacher, "squeeze", True)["settings"]
         for flag in ("dataset", "network"):

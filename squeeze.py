@@ -742,7 +742,8 @@ def given_weights(network, args, teacher):
         state = (torchvision.models.get_model_weights(args.network).IMAGENET1K_V1.get_state_dict(check_hash=True)
                  if args.pretrained else torch.load(args.teacher, weights_only=True, map_location="cpu"))
         about = {key: list(state.get(key, teacher[key])) for key in ("classes", "mean", "std")}
-        if not all(len(about[key]) == 3 and all(0 <= v <= 1 for v in about[key]) for key in ("mean", "std")):
+        if not all(len(about[key]) == 3 and all(0 <= v <= 1 for v in about[key]) for key in ("mean", "std")) or (
+                0 in about["std"]):
             remedy = "mean and std must be three numbers of [0, 1] each"
             raise ValueError
     except Exception as error:                             # urllib's, or a broken file's
