@@ -59,8 +59,7 @@ METHODS = {
     # Today's rivals: SRe2L's pairs with other views (CDA) or weights (DWA); no step at all (RDED).
     "cda": (SRE2L, "mean", True), "dwa": (SRE2L, "mean", True), "rded": (SRE2L, "mean", True)}
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the rivals change beside the pairs
+# ---- What the rivals change beside the pairs -------------------------------------------------------------------------
 
 def curriculum(progress):
     """CDA (Yin, Shen, 2023): the smallest crop, as share of the area, falls from 1 to 0.08 with a cosine: easy views
@@ -115,8 +114,7 @@ def realistic_crops(job, args, candidates=300, crops=5):
         made.append(tiled.to(torch.uint8).cpu())
     return torch.stack(made)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The stage
+# ---- The stage -------------------------------------------------------------------------------------------------------
 
 def prepare(job, args):
     """What recover.run asks for. The pairs are the same in every round, there is no curriculum of filters. BadInput if

@@ -44,7 +44,7 @@ def student_loss(logits, target, args):
 def answers(job, args):
     """answer(epoch, views) -> what the students are to say to an epoch's views, [N, K]: the stored logits; with
     --online the teacher's, asked now (rounded as if stored); with --hard one-hot labels, mixed by area."""
-    device, K, folder = job.images.device, len(job.content["classes"]), relabel.label_folder(job.run, args.teacher)
+    device, K = job.images.device, len(job.content["classes"])
     hot = F.one_hot(job.content["labels"], K).float().to(device)
     if args.online:
         network, teacher, _ = squeeze.load_teacher(args.teacher or Path(job.run).resolve().parent, device)
@@ -56,7 +56,7 @@ def answers(job, args):
         if args.online:
             asked = relabel.soft_labels(network, teacher, job.images, views, 500)
             return torch.cat([part.half().float() for part in asked])
-        return relabel.read_epoch(folder, job.labels, epoch, K).to(device)
+        return relabel.read_epoch(job.stored, job.labels, epoch, K).to(device)
     return answer
 
 def make_student(job, args, seed):
@@ -94,7 +94,6 @@ def train_epoch(job, args, student, average, optimizer, epoch):
 
 def train_student(job, args, seed, checkpoint):
     """One student, from scratch or from its checkpoint (of at most a minute ago): (student, averaged student, seconds).
-
     job: content (of images.pt), images (uint8, on the device), labels (settings of relabel.py), answer (see answers)
     and identity, what a checkpoint must have been made with to be continued."""
     (student, average, optimizer), job.seed, first, before = make_student(job, args, seed), seed, 0, 0.0
@@ -119,42 +118,35 @@ def train_student(job, args, seed, checkpoint):
         raise BadInput(f"--lr {args.lr}: the student's weights are not finite: use a lower one")
     return student, average.module, before + time.time() - start
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One row of the table: all seeds of one student network on one run
+# ---- One row of the table: all seeds of one student network on one run -----------------------------------------------
 
-def label_source(run, content, config, args):
+def label_source(job, args):
     """Settings, hash and bytes of the labels a run's students learn from: those relabel.py stored, checked, or with
     --online and --hard, which need none, the preset's."""
-    folder, preset = relabel.label_folder(run, args.teacher), squeeze.PRESETS[config["settings"]["dataset"]]["relabel"]
-    _, teacher = relabel.labeller(run, config, args.teacher)
+    teacher = relabel.labeller(job.run, job.config, args.teacher)[1]["artefacts"]["teacher.pt"]
     if args.online or args.hard:
-        epochs = args.epochs or preset["epochs"]
-        return ({**preset, "epochs": epochs, "keep_epochs": epochs, "seed": 0},
-                teacher["artefacts"]["teacher.pt"] if args.online else "", 0)
-    labels = squeeze.read_config(folder, "relabel")
-    if labels["inputs"]["images.pt"] != config["artefacts"]["images.pt"]:
-        raise BadInput(f"{folder}: made for other images: remove the folder and relabel again")
-    if labels["inputs"]["teacher.pt"] != teacher["artefacts"]["teacher.pt"]:
-        raise BadInput(f"{folder}: made by another teacher of that name: remove the folder and relabel again")
+        preset = squeeze.fill(Namespace(epochs=args.epochs), squeeze.PRESETS[job.config["settings"]["dataset"]]["relabel"])
+        return {**vars(preset), "keep_epochs": preset.epochs, "seed": 0}, teacher if args.online else "", 0
+    labels = squeeze.read_config(job.stored, "relabel")
+    if labels["inputs"] != {"images.pt": job.config["artefacts"]["images.pt"], "teacher.pt": teacher}:
+        raise BadInput(f"{job.stored}: made for other images or by another teacher: remove it and relabel again")
     if (args.epochs or 0) > labels["settings"]["epochs"]:
-        raise BadInput(f"--epochs {args.epochs}: {folder} holds {labels['settings']['epochs']}: relabel with more")
-    for name in labels["artefacts"]:
-        squeeze.checked(folder, name, labels)
-    relabel.check_labels(folder, labels["settings"], len(content["images"]), len(content["classes"]))
+        raise BadInput(f"--epochs {args.epochs}: {job.stored} holds {labels['settings']['epochs']}: relabel with more")
+    squeeze.checked(job.stored, "soft_labels.npy", labels)
+    relabel.check_labels(job.stored, labels["settings"], *job.shape)
     return labels["settings"], labels["artefacts"]["soft_labels.npy"], labels["results"]["label_bytes"]
 
-def test_set(run, args, device):
+def test_set(job, args):
     """The data set of a run, checked to be the teacher's, its test split in memory if it is small. --validate: held-out
     training images, which the teacher must not have seen."""
-    content, config, parent = relabel.load_run(run)
-    settings, validate = config["settings"], squeeze.read_config(parent, "squeeze")["settings"]["validate"]
+    settings, validate = job.config["settings"], squeeze.read_config(job.parent, "squeeze")["settings"]["validate"]
     if args.validate != validate:
-        raise BadInput(f"--validate: the teacher of {run} was trained with{'' if validate else 'out'} it: "
+        raise BadInput(f"--validate: the teacher of {job.run} was trained with{'' if validate else 'out'} it: "
                        f"{'add it' if validate else 'leave it out, or squeeze.py --validate'}")
-    data = squeeze.load_data(settings["dataset"], args.data or settings["data"], content["images"].shape[-1],
-                             len(content["classes"]), validate)
-    squeeze.check_data(data, content, config)
-    return data._replace(train=None, test=squeeze.in_memory(data, data.test, device))
+    data = squeeze.load_data(settings["dataset"], args.data or settings["data"], job.images.shape[-1], job.shape[1],
+                             validate)
+    squeeze.check_data(data, job.content, job.config)
+    return data._replace(train=None, test=squeeze.in_memory(data, data.test, job.images.device))
 
 def recipe(argv, dataset, N, epochs):
     """The flags of a recipe, resolved for N images: few are trained in small batches, as in the authors' code."""
@@ -163,35 +155,32 @@ def recipe(argv, dataset, N, epochs):
     args.batch = min(args.batch, N)
     return args
 
-def evaluate(run, network, data, source, argv):
-    """result.json after each seed. source: label_source's. Returns the row of the table."""
-    content, config, _ = relabel.load_run(run)
-    images, dataset = content["images"].to(squeeze.pick_device()), config["settings"]["dataset"]
-    labels, label_hash, label_bytes = source
-    args, defaults = (recipe(flags, dataset, len(images), epochs) for flags, epochs in (
-        (argv, labels["epochs"]), ([run], squeeze.PRESETS[dataset]["relabel"]["epochs"])))
+def evaluate(job, network, argv):
+    """One row: all seeds of a student network on one run; result.json after each seed. Returns the row."""
+    (job.labels, label_hash, label_bytes), dataset = job.source, job.config["settings"]["dataset"]
+    args, defaults = (recipe(flags, dataset, len(job.images), epochs) for flags, epochs in (
+        (argv, job.labels["epochs"]), ([job.run], squeeze.PRESETS[dataset]["relabel"]["epochs"])))
     args.network = network
     chosen = {key: getattr(args, key) for key in RECIPE}
     chosen["teacher"] = args.teacher and Path(args.teacher).resolve().name     # its hash is in the labels' one
-    path, name = Path(run) / "result.json", "-".join([network, *squeeze.changed(chosen, vars(defaults))])
-    identity = {"settings": {"network": network, **chosen, "precision": content["precision"]}, "views": labels,
-                "labels": label_hash, "images": config["artefacts"]["images.pt"]}
+    path, name = Path(job.run) / "result.json", "-".join([network, *squeeze.changed(chosen, vars(defaults))])
+    job.identity = {"settings": {"network": network, **chosen, "precision": job.content["precision"]},
+                    "views": job.labels, "labels": label_hash, "images": job.config["artefacts"]["images.pt"]}
     result = squeeze.read_json(path)
-    row = result.setdefault(name, {**identity, "seeds": {}})
-    if any(row.get(key) != identity[key] for key in identity):
+    row = result.setdefault(name, {**job.identity, "seeds": {}})
+    if any(row.get(key) != value for key, value in job.identity.items()):
         raise BadInput(f"{path}: {name} there is of other labels, images or settings: remove it to evaluate anew")
-    job = Namespace(run=run, content=content, images=images, labels=labels, identity=identity)
     job.answer = answers(job, args)
-    squeeze.show(Namespace(run=run, network=network, seeds=args.seeds, **chosen))
+    squeeze.show(Namespace(run=job.run, network=network, seeds=args.seeds, **chosen))
     for seed in range(args.seeds):
         if str(seed) not in row["seeds"]:
             checkpoint = path.with_name(f"student-{name}-{seed}.pt")
             raw, averaged, seconds = train_student(job, args, seed, checkpoint)
-            score, raw_score = (squeeze.accuracy(net, data, content) for net in (averaged, raw))
+            score, raw_score = (squeeze.accuracy(net, job.data, job.content) for net in (averaged, raw))
             row["seeds"][str(seed)] = {"averaged": score, "raw": raw_score, "seconds": seconds}
-            print(f"{run}: {name} seed {seed}: {score:.2f} % averaged, {raw_score:.2f} % raw, {seconds:.0f} s",
+            print(f"{job.run}: {name} seed {seed}: {score:.2f} % averaged, {raw_score:.2f} % raw, {seconds:.0f} s",
                   flush=True)
-            row.update(summary(list(row["seeds"].values())), image_bytes=images.numel(), label_bytes=label_bytes)
+            row.update(summary(list(row["seeds"].values())), image_bytes=job.images.numel(), label_bytes=label_bytes)
             squeeze.save(path, result)
             checkpoint.unlink(missing_ok=True)
     return row
@@ -200,8 +189,8 @@ def summary(seeds):
     """Mean and deviation (of the sample; 0 for one seed) over seeds of both students."""
     out = {"seconds": sum(seed["seconds"] for seed in seeds)}
     for kind in ("averaged", "raw"):
-        scores = np.array([seed[kind] for seed in seeds])
-        out[kind], out[kind + "_std"] = scores.mean(), scores.std(ddof=1) if len(scores) > 1 else 0.0
+        scores = [seed[kind] for seed in seeds]
+        out[kind], out[kind + "_std"] = np.mean(scores), np.std(scores, ddof=1) if len(scores) > 1 else 0.0
     return out
 
 def export(run, target):
@@ -220,8 +209,7 @@ def export(run, target):
         raise BadInput(f"--export {target}: cannot be written ({error.strerror}): name another folder") from error
     print(f"exported {sum(seen)} images to {target}")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# --report: what the images look like, in numbers and pictures (paper, Section 4)
+# ---- --report: what the images look like, in numbers and pictures (paper, Section 4) ---------------------------------
 
 def radial_psd(images):
     """Radially averaged power spectral density of uint8 [N, 3, S, S], each image centred and of unit total power:
@@ -333,8 +321,7 @@ def report(runs, device):
               f"{row['seconds'] or 0:8.0f}")
     print(f"pictures: {folder}; grid.png has two rows a run, its first and its last round")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The stage
+# ---- The stage -------------------------------------------------------------------------------------------------------
 
 def parse(argv):
     parser = squeeze.Parser(__doc__)
@@ -385,28 +372,32 @@ def show_table(table, args):
           "next: the same with recover.py --iterations 0, the honest rival")
 
 def main(argv):
-    args, device, jobs, sources, table = parse(argv), squeeze.pick_device(), [], {}, []
+    args, jobs, table = parse(argv), [], []
     if args.export:
         return export(args.runs[0], args.export)
     if args.report:
-        return report(args.runs, device)
-    stored = not (args.online or args.hard)
+        return report(args.runs, squeeze.pick_device())
     for run in args.runs:                                  # all checks of all runs before any work
-        (content, config, _), folder, labels = relabel.load_run(run), Path(run), relabel.label_folder(run, args.teacher)
-        jobs += [(run, network) for network in args.network or [config["settings"]["network"]]]
-        squeeze.lock(folder)
-        if not args.resume and ((folder / "result.json").exists() or list(folder.glob("student-*.pt"))):
+        content, config, parent = relabel.load_run(run)
+        job = Namespace(run=run, content=content, config=config, parent=parent, source=None,
+                        images=content["images"].to(squeeze.pick_device()), stored=relabel.label_folder(run, args.teacher),
+                        shape=(len(content["images"]), len(content["classes"])))
+        squeeze.lock(Path(run).resolve())
+        if not args.resume and ((Path(run) / "result.json").exists() or list(Path(run).glob("student-*.pt"))):
             raise BadInput(f"{run}: its result.json or student-*.pt is in use: add --resume to add to it, or remove it")
-        made = stored and (labels / "config.json").is_file()
-        if not stored or made and squeeze.read_config(labels, "relabel", args.resume)["artefacts"]:
-            sources[run] = label_source(run, content, config, args)
-    sets = {run: test_set(run, args, device) for run in args.runs}
-    for run in args.runs:
-        if run not in sources:
-            relabel.ensure(run, args.teacher, args.epochs, args.resume)
-            sources[run] = label_source(run, *relabel.load_run(run)[:2], args)
-    for run, network in jobs:
-        table.append((run, network, evaluate(run, network, sets[run], sources[run], argv)))
+        if args.online or args.hard or (job.stored / "config.json").is_file() and (
+                squeeze.read_config(job.stored, "relabel", args.resume)["artefacts"]):
+            job.source = label_source(job, args)
+        job.data = test_set(job, args)
+        jobs.append(job)
+    for job in jobs:
+        if not job.source:
+            flags = [f"--{flag}={getattr(args, flag)}" for flag in ("epochs", "teacher") if getattr(args, flag)]
+            squeeze.ensure(job.stored, "relabel", [job.run, *flags], relabel.main, args.resume)
+            job.source = label_source(job, args)
+    for job in jobs:
+        for network in args.network or [job.config["settings"]["network"]]:
+            table.append((job.run, network, evaluate(job, network, argv)))
     show_table(table, args)
 
 if __name__ == "__main__":

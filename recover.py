@@ -20,7 +20,6 @@ import contextlib
 import copy
 import math
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +31,7 @@ import spectral
 import squeeze
 from squeeze import BadInput, Namespace, number
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One batch
+# ---- One batch -------------------------------------------------------------------------------------------------------
 
 def random_views(rng, T, B, size, device, smallest):
     """The views of T iterations, drawn ahead with NumPy, the same on every device: view(images [B, 3, S, S], t). Crop
@@ -77,11 +75,9 @@ def step_of(b, args):
 
 @torch.no_grad()
 def view_statistics(images, network, layers, view, teacher, args):
-    """What EMU remembers of a finished batch: {layer: Statistics} over random views of the images as saved.
-
-    Views, since the next batches are seen through views: a crop blown up to full size has less high frequency than a
-    whole image, and a memory of whole images would make late batches answer for the difference, b-fold.
-    """
+    """What EMU remembers of a finished batch: {layer: Statistics} over random views of the images as saved. Views,
+    since the next batches are seen through views: a crop blown up to full size has less high frequency than a whole
+    image, and a memory of whole images would make late batches answer for the difference, b-fold."""
     images, seen, T = squeeze.normalise(images, teacher["mean"], teacher["std"]), {}, min(10, args.iterations)
     for t in range(T):
         with squeeze.autocast(network):
@@ -118,8 +114,7 @@ def make_batch(job, args, images, classes, memory, rng):
             memory["layers"] = spectral.merge(old, seen, step)
     return images
 
-# ---------------------------------------------------------------------------------------------------------------------
-# All batches
+# ---- All batches -----------------------------------------------------------------------------------------------------
 
 def initial_images(job, k, classes, rng):
     """uint8 [B, 3, S, S]: round k's training image of each class of the chunk, or Gaussian noise."""
@@ -146,29 +141,22 @@ def starting_images(data, ipc, confidence=None):
     return torch.stack(columns, 1)
 
 def resumed(folder, device):
-    """What a killed run left: batches done, the bytes of their images and these bytes' CRC, their statistics together
-    (EMU) and the seconds they took."""
+    """What a killed run left: batches done (their images: batch1.pt, ...), their statistics together (EMU) and the
+    seconds they took."""
     if not (folder / "memory.pt").is_file():
-        return dict(b=0, bytes=0, crc=0, layers={}, seconds=0.0)
-    memory, raw = squeeze.load_state(folder / "memory.pt"), folder / "images.raw"
-    try:
-        whole = zlib.crc32(np.memmap(raw, mode="r", shape=(memory["bytes"],))) == memory["crc"]
-    except (OSError, ValueError, KeyError):                # missing, too short, or an older version's
-        whole = False
-    if not whole:
-        raise BadInput(f"{raw}: not the {memory['b']} batches that memory.pt counts: remove {folder} and start again")
+        return dict(b=0, layers={}, seconds=0.0)
+    memory = squeeze.load_state(folder / "memory.pt")
+    for b in range(memory["b"]):
+        if not (part := folder / f"batch{b + 1}.pt").is_file():
+            raise BadInput(f"{part}: missing, memory.pt counts {memory['b']}: remove {folder} and start again")
     print(f"resuming after batch {memory['b']}")
     memory["layers"] = {name: spectral.Statistics(*parts).to(device) for name, parts in memory["layers"].items()}
     return memory
 
 def store(folder, memory, images, seconds):
-    """Put a finished batch's images behind those before it, and count it in memory.pt once they are on the disk."""
-    pixels = images.numpy().tobytes()
-    with squeeze.writing(folder / "images.raw", "r+b" if memory["b"] else "wb") as file:
-        file.seek(memory["bytes"])
-        file.write(pixels)
-    memory.update(b=memory["b"] + 1, bytes=memory["bytes"] + len(pixels), crc=zlib.crc32(pixels, memory["crc"]),
-                  seconds=seconds)
+    """Write a finished batch's images, then count it in memory.pt: whoever finds the count finds the images."""
+    memory.update(b=memory["b"] + 1, seconds=seconds)
+    squeeze.save(folder / f"batch{memory['b']}.pt", images)
     layers = {name: tuple(layer) for name, layer in memory["layers"].items()}
     squeeze.save(folder / "memory.pt", {**memory, "layers": layers})
 
@@ -179,12 +167,10 @@ def what_broke(job, entropy, matching, pixels):
     return ", ".join(term for term, fine in terms.items() if not fine), (layers or ["(none: a filter)"])[0]
 
 def distil(job, args):
-    """Make all batches of a run, round by round. A finished one goes to images.raw at once, and memory.pt says how many
-    there are and holds the EMU: a killed run goes on with the next batch, and memory does not grow with IPC.
-
-    job: folder, data, network, teacher (teacher.pt's dict), index (see starting_images; None: noise), select, real
-    {layer: Statistics}, pairs_of(k), and what is in PLAIN. Returns seconds.
-    """
+    """Make all batches of a run, round by round. A finished one goes to the disk at once, and memory.pt says how many
+    there are and holds the EMU: a killed run goes on with the next batch, and memory does not grow with IPC. job:
+    folder, data, network, teacher (teacher.pt's dict), index (see starting_images; None: noise), select, real {layer:
+    Statistics}, pairs_of(k), and what is in PLAIN. Returns seconds."""
     K, device = len(job.data.classes), squeeze.pick_device()
     chunks = torch.arange(K).split(args.batch)
     memory, total = resumed(job.folder, device), args.ipc * len(chunks)
@@ -220,19 +206,17 @@ def distil(job, args):
     return memory["seconds"]
 
 def finish(folder, config, teacher, args, seconds):
-    """images.raw becomes images.pt, with all that is needed to use it, and preview.png (rows = classes)."""
-    K, S, n = len(teacher["classes"]), teacher["size"], args.ipc * len(teacher["classes"])
-    images = torch.from_file(str(folder / "images.raw"), size=n * 3 * S * S, dtype=torch.uint8).view(n, 3, S, S)
+    """The batches become images.pt, with all that is needed to use it, and preview.png (rows = classes)."""
+    K, count = len(teacher["classes"]), args.ipc * math.ceil(len(teacher["classes"]) / args.batch)
+    images = torch.cat([squeeze.load_state(folder / f"batch{b + 1}.pt") for b in range(count)]).contiguous()
     about = {key: teacher[key] for key in ("classes", "mean", "std", "precision")}
     squeeze.save(folder / "images.pt", dict(images=images, labels=torch.arange(K).repeat(args.ipc), **about,
                                             settings=squeeze.settings(args, ("data",)), inputs=config["inputs"]))
-    shown = images.view(args.ipc, K, 3, S, S)[:10, :20].transpose(0, 1)
-    save_image(make_grid(shown.reshape(-1, 3, S, S).float() / 255, nrow=shown.shape[1], padding=1),
-               folder / "preview.png")
+    shown = images.unflatten(0, (args.ipc, K))[:10, :20].transpose(0, 1)
+    save_image(make_grid(shown.flatten(0, 1).float() / 255, nrow=shown.shape[1], padding=1), folder / "preview.png")
     squeeze.finish_run(folder, config, ["images.pt"], seconds=seconds, image_bytes=images.numel())
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The stage
+# ---- The stage -------------------------------------------------------------------------------------------------------
 
 def cfm_pairs(k, args):
     """The pairs of CFM in round k (Eq. 18-20), or of its ablations. --filter high: alpha_max / 100 throughout, a fixed
@@ -349,9 +333,11 @@ def run(args, method, defaults, prepare):
     print(f"plan: {args.ipc} rounds of {K} images, {args.ipc * math.ceil(K / args.batch)} batches of {args.iterations} "
           f"iterations on {device}; images {3e-6 * N * data.size**2:.1f} MB, labels {2e-6 * N * K:.2f} MB an epoch",
           flush=True)
-    squeeze.ensure(parent, "squeeze", flags, squeeze.main, lambda args: squeeze.run(args, parent), args.resume)
+    if flags:
+        squeeze.ensure(parent, "squeeze", flags, squeeze.main, args.resume)
     job, parent_config = load_job(data, parent, args)
     job.folder, args.precision = parent / run_name(method, args, defaults), job.teacher["precision"]
+    args.teacher = parent.resolve().name
     prepare(job, args)                                     # refuses an unstable rate; the next line, a tiny alpha
     if args.iterations:
         with naming_alpha():
@@ -360,8 +346,8 @@ def run(args, method, defaults, prepare):
                               {"data": data.sha256, **parent_config["artefacts"]}, args.resume)
     if not config["artefacts"]:
         finish(job.folder, config, job.teacher, args, distil(job, args))
-    for name in ("images.raw", "memory.pt"):
-        (job.folder / name).unlink(missing_ok=True)
+    for part in (job.folder / "memory.pt", *job.folder.glob("batch*.pt")):
+        part.unlink(missing_ok=True)
     squeeze.checked(job.folder, "images.pt", config)
     print(f"images: {job.folder / 'images.pt'}, {config['results']['seconds']:.0f} s, peak memory "
           f"{squeeze.peak_memory(device):.0f} MB; look at {job.folder / 'preview.png'}\n"

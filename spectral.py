@@ -47,8 +47,7 @@ single = lambda x: x.float() if x.dtype in (torch.float16, torch.bfloat16) else 
 full_precision = lambda x: torch.autocast(x.device.type, enabled=False)
 blocks = lambda X, mean: (single(block) - mean for block in X.split(max(4096, len(X) // 16)))
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Features, the inputs of a frozen network's modules, and their FFC and FLC (Eq. 15-16)
+# ---- Features, the inputs of a frozen network's modules, and their FFC and FLC (Eq. 15-16) ---------------------------
 
 def is_main_convolution(name: str, module: nn.Module) -> bool:
     """The default choice of layers: every convolution but the shortcut ("downsample") ones.
@@ -321,8 +320,7 @@ def ridge_filter(ffc: Tensor, alpha: float) -> Tensor:
     tensor([0.8000, 0.8000])"""
     return spectral_filter(ffc, ridge(alpha))
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Curriculum Frequency Matching, and the objective of Eq. 1
+# ---- Curriculum Frequency Matching, and the objective of Eq. 1 -------------------------------------------------------
 
 def alpha_schedule(k: int, T: int, alpha_max: float, kind: str = "cosine") -> float:
     """Eq. 18: alpha_k = alpha_max (1 + cos(pi k / T)) / 2 for k = 0 .. T-1, from alpha_max (low frequencies pass)

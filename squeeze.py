@@ -71,14 +71,10 @@ PRESETS = {
     "folder": FOLDER,
 }
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Errors and flags
+# ---- Errors and flags ------------------------------------------------------------------------------------------------
 
 class BadInput(ValueError):
     """Something the user can mend. The message is one line: the flag or file, what was found, what to do."""
-
-    def __init__(self, message):                           # one line, whatever a stranger calls files and classes
-        super().__init__("".join(c if c.isprintable() else "?" for c in message))
 
 class Parser(argparse.ArgumentParser):
     """argparse with the first two paragraphs of a script's docstring as help, and one-line errors like all others."""
@@ -111,6 +107,7 @@ def script(main):
         reason = "out of memory: lower --batch, then --resume"
     except KeyboardInterrupt:
         reason = "interrupted; the same command with --resume goes on"
+    reason = "".join(c if c.isprintable() else "?" for c in reason)        # whatever a stranger calls files and classes
     sys.exit(f"{Path(sys.argv[0]).name}: {reason}")
 
 def keep_freed_memory():
@@ -130,8 +127,7 @@ def peak_memory(device):
     status = Path("/proc/self/status")                     # getrusage would count the parent's memory before exec
     return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1e3 if status.is_file() else math.nan
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data sets and views
+# ---- Data sets and views ---------------------------------------------------------------------------------------------
 
 class Split(NamedTuple):
     images: object          # uint8 [n, 3, S, S] in memory, or a list of n file names that are read when needed
@@ -146,12 +142,10 @@ class Data(NamedTuple):
     sha256: str             # of the training images and labels
 
 def toy(per_class, classes, seed, size=32):
-    """Draw toy images. Class k is a pair: colour layout k // 2 (low frequency) and stripe direction k % 2 (high).
-
-    The two classes of a pair have the same colours and differ in a texture of 4 pixels' period only, so whoever keeps
-    just the low frequencies has to guess between them. Layouts overlap too: each image bends its layout, shifts the
-    phase and strength of its stripes, and adds pixel noise. Returns uint8 [n, 3, S, S], int64 [n], class by class.
-    """
+    """Draw toy images. Class k is a pair: colour layout k // 2 (low frequency) and stripe direction k % 2 (high). The
+    two classes of a pair have the same colours and differ in a texture of 4 pixels' period only, so whoever keeps just
+    the low frequencies has to guess between them. Layouts overlap too: each image bends its layout, shifts the phase
+    and strength of its stripes, and adds pixel noise. Returns uint8 [n, 3, S, S], int64 [n], class by class."""
     layouts = np.random.default_rng([1234, classes]).random(((classes + 1) // 2, 3, 3, 3), dtype=np.float32)
     rng, grid, images = np.random.default_rng([seed, classes]), torch.arange(size, dtype=torch.float32), []
     normal = lambda *shape: torch.from_numpy(rng.standard_normal((per_class, 3, *shape), dtype=np.float32))
@@ -190,12 +184,12 @@ class Plain(pickle.Unpickler):
 
 def load_cifar(kind, root):
     """(train, test, classes), every file checked. kind: torchvision's class, which knows names and checksums."""
-    folder, key, files, classes = Path(root) / kind.base_folder, kind.meta["key"], {}, []
+    folder, key, parts, classes = Path(root) / kind.base_folder, kind.meta["key"], [], []
     names = [kind.meta["filename"], *(name for name, _ in kind.train_list + kind.test_list)]
     if missing := [name for name in names if not (folder / name).is_file()]:
         download(kind.url, kind.tgz_md5, root, f"{kind.base_folder}/{missing[0]}")
     for name in names:
-        n, K = 50000 if name == "train" else 10000, len(classes)
+        n = 50000 if name == "train" else 10000
         try:
             content = Plain(io.BytesIO((folder / name).read_bytes()), encoding="latin1").load()
             if name == names[0]:
@@ -203,15 +197,13 @@ def load_cifar(kind, root):
                 continue
             images, labels = content["data"], np.array(content[key.replace("label_names", "labels")], np.int64)
             if (images.dtype, images.shape, labels.shape) != (np.uint8, (n, 3072), (n,)) or not (
-                    0 <= labels.min() <= labels.max() < K):
+                    0 <= labels.min() <= labels.max() < len(classes)):
                 raise ValueError(f"{images.dtype} {images.shape} with labels {labels.shape} to {labels.max()}")
         except Exception as error:                         # what pickle raises has no common ancestor
-            wanted = f"{n} images of {K} classes" if K else "class names"
             raise BadInput(f"--data {folder / name}: a truncated, damaged or hostile file found ({error}), expected "
-                           f"{wanted}: remove it") from error
-        files[name] = torch.from_numpy(images).view(n, 3, 32, 32), torch.from_numpy(labels)
-    *train, test = files.values()
-    return Split(*map(torch.cat, zip(*train))), Split(*test), classes
+                           f"{n} images of {len(classes)} classes, or their names: remove it") from error
+        parts.append((torch.from_numpy(images).view(n, 3, 32, 32), torch.from_numpy(labels)))
+    return Split(*map(torch.cat, zip(*parts[:-1]))), Split(*parts[-1]), classes
 
 def class_folders(root):
     return sorted(entry.name for entry in Path(root).glob("*") if entry.is_dir())
@@ -300,7 +292,7 @@ class Files(torch.utils.data.Dataset):
     """Image files, decoded to RGB (grey and CMYK are converted). Random transforms are drawn from seed + position:
     the same for any number of workers."""
 
-    def __init__(self, split, transform, seed=None):
+    def __init__(self, split, transform, seed=0):
         self.split, self.transform, self.seed = split, transform, seed
 
     def __len__(self):
@@ -311,9 +303,8 @@ class Files(torch.utils.data.Dataset):
             image = default_loader(self.split.images[i])
         except Exception:                                  # PIL has many
             raise BadInput(f"{self.split.images[i]}: not a readable image: mend or remove it") from None
-        with torch.random.fork_rng(devices=[], enabled=self.seed is not None):
-            if self.seed is not None:
-                torch.manual_seed(self.seed + i)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed + i)
             return self.transform(image), self.split.labels[i]
 
 def whole_image(size):
@@ -325,10 +316,10 @@ def stream(split, transform, batch, seed=None):
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     try:
         yield from torch.utils.data.DataLoader(
-            Files(split, transform, seed), batch, shuffle=seed is not None, generator=generator,
+            Files(split, transform, seed or 0), batch, shuffle=seed is not None, generator=generator,
             num_workers=min(8, os.cpu_count()) if len(split.labels) > 1000 else 0)
     except BadInput as error:                              # a worker wraps it into its traceback
-        raise BadInput(str(error).split("BadInput: ")[-1].rstrip("?")) from None
+        raise BadInput(str(error).split("BadInput: ")[-1].strip()) from None
 
 def normalise(images, mean, std):
     """uint8 [B, 3, S, S] -> float32, zero mean and unit deviation, channels last (several times faster on CPUs)."""
@@ -359,10 +350,8 @@ def in_memory(data, split, device):
 
 def crop_boxes(uniform, scale, ratio=(3 / 4, 4 / 3)):
     """Random resized crops from uniform numbers [n, 4]: centre x and y, width, height [n, 4], in fractions of a side.
-
     Area uniform in `scale`, log aspect ratio uniform in log `ratio`, as torchvision's RandomResizedCrop; a side that
-    does not fit is cut to the image where torchvision would draw again. Drawn with NumPy, the same on every device.
-    """
+    does not fit is cut to the image where torchvision would draw again. Drawn with NumPy, the same on every device."""
     area, shape, x, y = uniform.astype(np.float64).T
     area, shape = scale[0] + (scale[1] - scale[0]) * area, ratio[0] * (ratio[1] / ratio[0]) ** shape
     w, h = np.minimum(np.sqrt(area * shape), 1), np.minimum(np.sqrt(area / shape), 1)
@@ -391,10 +380,8 @@ def shifted(padded, index, rng, size):
 
 def training_batches(data, batch, augment, rng):
     """One epoch of the training set, shuffled and augmented: yields uint8 or float (0..255) [B, 3, S, S], int64 [B].
-
     augment: "crop", S pixels out of S + 8, or "resized", torchvision's RandomResizedCrop; both with flips. In memory
-    one batched call does it; files go through torchvision's transforms in the DataLoader's workers.
-    """
+    one batched call does it; files go through torchvision's transforms in the DataLoader's workers."""
     images, labels = data.train
     if not torch.is_tensor(images):
         view = T.Compose([T.RandomResizedCrop(data.size), T.RandomHorizontalFlip(), T.PILToTensor()])
@@ -410,8 +397,7 @@ def training_batches(data, batch, augment, rng):
             grid = crop_grid(boxes, torch.from_numpy(rng.random(len(index)) < 0.5), data.size).to(images.device)
             yield resample(images[index.to(images.device)].float(), grid), labels[index]
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks
+# ---- Networks --------------------------------------------------------------------------------------------------------
 
 def convnet(classes, size, width=128):
     """ConvNet-128 of the distillation literature with BatchNorm: 3 blocks at 32 px, 4 at 64, 6 at 224."""
@@ -533,10 +519,9 @@ def log(folder, **entry):
 def read_config(folder, stage, unfinished=False):
     """config.json of a run of `stage`; of a finished one, unless `unfinished` ones will do."""
     config = read_json(Path(folder) / "config.json")
-    if not config:
-        raise BadInput(f"{folder}: no config.json, so no run of {stage}.py: check the path")
     if config.get("stage") != stage:
-        raise BadInput(f"{folder}: a run of {config.get('stage')}.py, expected one of {stage}.py")
+        found = f"a run of {config['stage']}.py" if "stage" in config else "no config.json"
+        raise BadInput(f"{folder}: {found} found, expected a run of {stage}.py: check the path")
     if not all(isinstance(config.get(part), dict) for part in ("settings", "inputs", "artefacts", "results")):
         raise BadInput(f"{folder}: config.json is incomplete: remove {folder} and run {stage}.py again")
     if not config["artefacts"] and not unfinished:
@@ -546,43 +531,32 @@ def read_config(folder, stage, unfinished=False):
 def checked(folder, name, config):
     """The path of an artefact of a run folder, after checking it against the hash in its config."""
     path, recorded = Path(folder) / name, str(config["artefacts"].get(name))
-    if not path.is_file():
-        raise BadInput(f"{path}: missing: remove {folder} and run {config['stage']}.py again")
-    if (found := sha256(path)) != recorded:
-        raise BadInput(f"{path}: corrupted, sha256 {found[:12]} found, {recorded[:12]} recorded: "
-                       f"remove {folder} and run {config['stage']}.py again")
+    found = sha256(path) if path.is_file() else "missing"
+    if found != recorded:
+        raise BadInput(f"{path}: corrupted ({found[:12]}, sha256 {recorded[:12]} recorded): remove {folder} and run "
+                       f"{config['stage']}.py again")
     return path
 
 def load(folder, name, config):
     """A .pt artefact of a run folder, checked; on the CPU."""
     return load_state(checked(folder, name, config))
 
-LOCKED = set()                                             # inodes of the folders that this process has locked
-
+@functools.lru_cache(None)                                 # the handle, and with it the lock, lasts as long as the process
 def lock(folder):
-    """Refuse a folder that another process writes to. The lock lies on the folder itself and ends with the process,
-    however that ends. Windows and some network disks have no such locks: nothing."""
-    if not fcntl:
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        LOCKED.add(os.fstat(handle).st_ino)
-    except BlockingIOError:
-        if os.fstat(handle).st_ino not in LOCKED:
+    """Refuse a folder that another process writes to. Windows and some network disks have no such locks: nothing."""
+    with contextlib.suppress(OSError, AttributeError):
+        try:
+            return fcntl.flock(handle := os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB) or handle
+        except BlockingIOError:
             raise BadInput(f"{folder}: another process is at work here: wait for it, or stop it") from None
-    except OSError:
-        pass
 
 def open_run(folder, stage, settings, inputs, resume):
-    """Start a run folder, or continue one where --resume was given: returns its config.
-
-    settings: every resolved flag; inputs: {what: sha256}. A folder made with other settings or inputs is refused, and
-    so is a non-empty one without --resume: nothing is overwritten silently. One process at a time (see lock).
-    """
+    """Start a run folder, or continue one where --resume was given: returns its config. settings: every resolved flag;
+    inputs: {what: sha256}. A folder made with other settings or inputs is refused, and so is a non-empty one without
+    --resume: nothing is overwritten silently. One process at a time (see lock)."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock(folder)
+        lock(folder.resolve())
     except OSError as error:
         raise BadInput(f"{folder}: this folder cannot be made ({error.strerror}): mend what is in its way") from error
     if all(entry.suffix == ".tmp" for entry in folder.iterdir()):          # new, or killed at this very point
@@ -594,11 +568,11 @@ def open_run(folder, stage, settings, inputs, resume):
     if not resume:
         raise BadInput(f"{folder}: in use: add --resume to continue what is there, or remove the folder")
     config = read_config(folder, stage, True)
-    for now, then in ((settings, config["settings"]), (inputs, config["inputs"])):
-        for key in now:
-            if now[key] != then.get(key) and (now is inputs or key not in ("data", "images", "teacher")):  # hashes tell
-                raise BadInput(f"--resume {folder}: {key} is {now[key]!r} now and was {then.get(key)!r}: give the "
-                               f"same, or remove the folder")
+    now, then = {**settings, **inputs}, {**config["settings"], **config["inputs"]}         # hashes stand for paths
+    for key in now:
+        if now[key] != then.get(key):
+            raise BadInput(f"--resume {folder}: {key} is {now[key]!r} now and was {then.get(key)!r}: give the same, or "
+                           "remove the folder")
     return config
 
 def finish_run(folder, config, artefacts, **results):
@@ -627,8 +601,7 @@ def changed(settings, defaults, hidden=()):
     return [key.replace("_", "-") + ("" if value is True else Path(str(value)).name) for key, value in settings.items()
             if key not in hidden and value != defaults[key]]
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The stage
+# ---- The stage -------------------------------------------------------------------------------------------------------
 
 def train(network, data, teacher, args, folder):
     """SGD with momentum; checkpoint.pt after each epoch, so a kill costs at most one. Returns the test accuracy."""
@@ -690,11 +663,9 @@ def gather_statistics(network, data, teacher, batch):
                 confidence=torch.cat(confidence))
 
 def fold(network):
-    """The network in eval mode with every BatchNorm folded into the convolution before it, and no weight gradients.
-
-    The inputs of the convolutions, and so all statistics, stay what they are. Pairs are neighbours in order of
-    definition, which holds for ConvNet-128 and torchvision's ResNets.
-    """
+    """The network in eval mode with every BatchNorm folded into the convolution before it, and no weight gradients. The
+    inputs of the convolutions, and so all statistics, stay what they are. Pairs are neighbours in order of definition,
+    which holds for ConvNet-128 and torchvision's ResNets."""
     network.eval().requires_grad_(False)
     for parent in list(network.modules()):
         children = list(parent.named_children())
@@ -716,13 +687,12 @@ def load_teacher(folder, device):
     config = read_config(folder, "squeeze")
     teacher = load(folder, "teacher.pt", config)
     try:
-        known = {"network": TEACHERS, "precision": ("float32", "bfloat16")}
-        if any(teacher[key] not in values for key, values in known.items()) or not {"mean", "std"} <= set(teacher):
+        if teacher["network"] not in TEACHERS or teacher["precision"] not in ("float32", "bfloat16") or not (
+                {"mean", "std"} <= set(teacher)):
             raise KeyError
-        network = restore(teacher)
+        return fold(restore(teacher).to(device)), teacher, config
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise BadInput(f"{folder}/teacher.pt: not as squeeze.py writes it today: squeeze again") from error
-    return fold(network.to(device)), teacher, config
 
 def check_data(data, teacher, config):
     """The data set must be the one the teacher was trained on, class by class and image by image."""
@@ -742,23 +712,19 @@ def given_weights(network, args, teacher):
         state = (torchvision.models.get_model_weights(args.network).IMAGENET1K_V1.get_state_dict(check_hash=True)
                  if args.pretrained else torch.load(args.teacher, weights_only=True, map_location="cpu"))
         about = {key: list(state.get(key, teacher[key])) for key in ("classes", "mean", "std")}
-        if not all(len(about[key]) == 3 and all(0 <= v <= 1 for v in about[key]) for key in ("mean", "std")) or (
-                0 in about["std"]):
-            remedy = "mean and std must be three numbers of [0, 1] each"
+        remedy = "mean and std must be three numbers of (0, 1] each, its classes and their order the data set's, here "
+        remedy += str(teacher["classes"])[:60]
+        if about["classes"] != teacher["classes"] or not all(
+                len(about[key]) == 3 and all(0 < v <= 1 for v in about[key]) for key in ("mean", "std")):
             raise ValueError
-    except Exception as error:                             # urllib's, or a broken file's
-        raise BadInput(f"{flag}: {remedy} ({type(error).__name__})") from error
-    if about["classes"] != teacher["classes"]:             # a teacher.pt knows its own
-        raise BadInput(f"{flag}: its classes are {str(about['classes'])[:60]}, here they are "
-                       f"{str(teacher['classes'])[:60]}: another data set's or class order's")
+        remedy = f"no {args.network} for this data set: another architecture, input size or class count"
+        network.load_state_dict(state.get("state_dict", state))
+    except Exception as error:                             # urllib's, a broken file's, or torch's list of complaints
+        first = str(error).splitlines()[:2][-1:]
+        raise BadInput(f"{flag}: {' '.join(first).strip()[:200] or type(error).__name__}: {remedy}") from error
     teacher.update(about)
     print(f"{flag}: images are normalised with mean {teacher['mean']}, std {teacher['std']}"
           f"{'' if 'mean' in state else ': it names none of its own'}")
-    try:
-        network.load_state_dict(state.get("state_dict", state))
-    except Exception as error:                             # torch's first complaint; what is no dict has one line
-        raise BadInput(f"{flag}: {str(error).splitlines()[:2][-1].strip()[:200]}: no {args.network} for this data set: "
-                       "another architecture, input size or class count") from error
 
 def parse(argv):
     parser = Parser(__doc__)
@@ -807,22 +773,17 @@ def teacher_folder(args):
     extra = changed(vars(args), defaults, hidden)
     return Path("runs") / "-".join([args.dataset, *own, args.network, *extra])
 
-def ensure(folder, stage, flags, main, go_on, resume):
-    """Run a stage that a later one needs: main(flags), or go_on(args) with an unfinished one's if asked to resume."""
-    if not (folder / "config.json").is_file():
-        print(f"{folder}: not there yet, so first: python {stage}.py {' '.join(flags)}", flush=True)
-        main(flags)
-    elif not (config := read_config(folder, stage, resume))["artefacts"]:
-        print(f"{folder}: unfinished, so {stage}.py goes on first", flush=True)
-        go_on(Namespace(**config["settings"], resume=True))
+def ensure(folder, stage, flags, main, resume):
+    """Run a stage that a later one needs, main(flags), if it was not, or on if it was not to the end."""
+    if not (folder / "config.json").is_file() or not read_config(folder, stage, resume)["artefacts"]:
+        print(f"{folder}: not {'finished' if resume else 'there'} yet, so first: python {stage}.py {' '.join(flags)}",
+              flush=True)
+        main([*flags, *["--resume"] * resume])
 
 def main(argv):
     args = parse(argv)
+    folder = teacher_folder(args)
     show(args)
-    run(args, teacher_folder(args))
-
-def run(args, folder):
-    """The stage after its flags: also what recover.py calls for an unfinished teacher."""
     data, device = load_data(args.dataset, args.data, args.size, args.classes, args.validate), pick_device()
     teacher = dict(network=args.network, dataset=args.dataset, classes=data.classes, size=args.size,
                    mean=PRESETS[args.dataset]["mean"], std=PRESETS[args.dataset]["std"], precision=args.precision)

@@ -79,7 +79,7 @@ def artefacts(stage):
         rows = squeeze.read_json(RUN / "result.json")
         return json.dumps([[(seed["averaged"], seed["raw"]) for seed in row["seeds"].values()] for row in rows.values()])
     names = {"squeeze": [TEACHER / "teacher.pt", TEACHER / "statistics.pt"], "recover": [RUN / "images.pt"],
-             "relabel": [RUN / "labels" / "soft_labels.npy", RUN / "labels" / "top_classes.npy"]}[stage]
+             "relabel": [RUN / "labels" / "soft_labels.npy"]}[stage]
     return [path.read_bytes() for path in names]
 
 

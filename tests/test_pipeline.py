@@ -354,9 +354,10 @@ def test_squeeze_resumes_to_the_same_teacher_and_recover_takes_it_along(here, mo
     shutil.rmtree("runs")
     train, test = (squeeze.Split(*squeeze.toy(n, 2, seed)) for n, seed in ((100, 0), (20, 1)))
     monkeypatch.setitem(squeeze.LOADERS, "toy", lambda root, size, classes: (train, test, ["a", "b"]))
-    flags, folder = ["--classes", "2", "--epochs", "2", "--batch", "50"], Path("runs/toy-convnet-classes2-epochs2")
-    squeeze.main(flags)
+    squeeze.main(["--classes", "2", "--epochs", "2", "--batch", "50"])
     assert [path.name for path in Path("runs").iterdir()] == ["toy-convnet-classes2-epochs2"]       # batch 50 is the default
+    folder = Path("runs/toy-convnet")
+    squeeze.main([])
     whole = torch.load(folder / "teacher.pt", weights_only=True)["state_dict"]
     statistics = (folder / "statistics.pt").read_bytes()
     shutil.rmtree("runs")
@@ -368,11 +369,11 @@ def test_squeeze_resumes_to_the_same_teacher_and_recover_takes_it_along(here, mo
             raise KeyboardInterrupt
     monkeypatch.setattr(squeeze, "log", dies)
     with pytest.raises(KeyboardInterrupt):
-        squeeze.main(flags)
+        recover.main(TINY)                                 # squeezes first
     monkeypatch.setattr(squeeze, "log", real_log)
-    with pytest.raises(BadInput, match="unfinished"):
-        recover.main([*TINY, "--teacher", str(folder)])
-    recover.main([*TINY, "--teacher", str(folder), "--resume"])        # the rest of squeeze first, with its settings
+    for flags in (TINY, [*TINY, "--teacher", folder, "--resume"]):
+        one_line(recover.main, flags, "unfinished", "squeeze.py again with --resume")
+    recover.main([*TINY, "--resume"])                      # the rest of squeeze first
     resumed = torch.load(folder / "teacher.pt", weights_only=True)["state_dict"]
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     assert (folder / "statistics.pt").read_bytes() == statistics
@@ -449,7 +450,7 @@ def test_broken_run_folders(here):
     recover.main(["--iterations", "0", "--ipc", "2"])
     run = Path("runs/toy-convnet/real-ipc2")
     one_line(recover.main, ["--iterations", "0", "--ipc", "2"], str(run), "--resume")
-    one_line(relabel.main, ["runs/toy-convnet"], "squeeze.py", "expected one of recover.py")
+    one_line(relabel.main, ["runs/toy-convnet"], "a run of squeeze.py found", "expected a run of recover.py")
     one_line(relabel.main, [run, "--scale", "2"], "--scale")
     one_line(evaluation.main, ["runs"], "no config.json")
     relabel.main([str(run), "--epochs", "2"])
@@ -493,11 +494,14 @@ def test_broken_leftovers_of_a_killed_run(here, monkeypatch):
         recover.main(TINY)
     run = Path("runs/toy-convnet/cfm-ipc3-iterations8")
     one_line(relabel.main, [run], "unfinished", "--resume")
-    raw, memory = run / "images.raw", run / "memory.pt"
-    whole = raw.read_bytes()
-    raw.write_bytes(whole[:-1])
-    one_line(recover.main, [*TINY, "--resume"], "images.raw", "remove")
-    raw.write_bytes(whole)
+    batch, memory = run / "batch2.pt", run / "memory.pt"
+    whole = batch.read_bytes()
+    batch.unlink()
+    one_line(recover.main, [*TINY, "--resume"], "batch2.pt", "missing", "start again")
+    batch.write_bytes(whole[:-1])
+    monkeypatch.undo(), monkeypatch.chdir(here)
+    one_line(recover.main, [*TINY, "--resume"], "batch2.pt", "damaged")
+    batch.write_bytes(whole)
     memory.write_bytes(memory.read_bytes()[:99])
     one_line(recover.main, [*TINY, "--resume"], "memory.pt", "damaged")
 

@@ -106,7 +106,7 @@ def test_moved_data_can_be_named_anew(tmp_path):
         if fine:
             squeeze.open_run(tmp_path, "recover", settings, {"data": "hash"}, True)
         else:
-            one_line(lambda flags: squeeze.open_run(tmp_path, "recover", settings, {}, True), [], "lr is 1 now")
+            one_line(lambda flags: squeeze.open_run(tmp_path, "recover", settings, {"data": "hash"}, True), [], "lr is 1 now")
 
 
 # ---- damaged files
@@ -166,17 +166,17 @@ def test_labels_of_a_killed_run_are_taken_up_to_the_first_damaged_one(here):
     recover.main(["--iterations", "0", "--ipc", "2"])
     run = Path("runs/toy-convnet/real-ipc2")
     relabel.main([str(run), "--epochs", "6", "--top-k", "2"])
-    folder, names = run / "labels", ("soft_labels.npy", "top_classes.npy")
-    whole = [(folder / name).read_bytes() for name in names]
-    assert relabel.epochs_done([folder / name for name in names]) == 6
+    folder, path = run / "labels", run / "labels" / "soft_labels.npy"
+    whole = path.read_bytes()
+    assert relabel.epochs_done(path) == 6
     config = squeeze.read_json(folder / "config.json")
     squeeze.save(folder / "config.json", {**config, "artefacts": {}, "results": {}})
-    raw = bytearray(whole[1])
-    raw[128 + 3 * 8 * 2 * 2] ^= 1                          # in epoch 4
-    (folder / names[1]).write_bytes(raw)
-    assert relabel.epochs_done([folder / name for name in names]) == 3
+    raw = bytearray(whole)
+    raw[128 + 3 * 8 * 5 * 2] ^= 1                          # in epoch 4
+    path.write_bytes(raw)
+    assert relabel.epochs_done(path) == 3
     relabel.main([str(run), "--epochs", "6", "--top-k", "2", "--resume"])
-    assert [(folder / name).read_bytes() for name in names] == whole
+    assert path.read_bytes() == whole
 
 
 # ---- strangers' files
@@ -263,8 +263,11 @@ def test_labels_that_do_not_fit_are_refused(tmp_path):
         one_line(lambda flags: relabel.check_labels(tmp_path, s, 8, 4), [], "soft_labels.npy", "remove")
     np.save(tmp_path / "soft_labels.npy", fine)
     relabel.check_labels(tmp_path, s, 8, 4)
-    np.save(tmp_path / "soft_labels.npy", fine[..., :3]), np.save(tmp_path / "top_classes.npy", np.full((2, 8, 2), 4, np.int16))
-    one_line(lambda flags: relabel.check_labels(tmp_path, {**s, "top_k": 2}, 8, 4), [], "top_classes.npy")
+    s, fine = {**s, "top_k": 2}, np.concatenate([fine[..., :3], np.full((2, 8, 2), 3, np.float16)], 2)
+    np.save(tmp_path / "soft_labels.npy", fine)
+    relabel.check_labels(tmp_path, s, 8, 4)
+    np.save(tmp_path / "soft_labels.npy", fine + np.float16(1))                # class 4 of 4
+    one_line(lambda flags: relabel.check_labels(tmp_path, s, 8, 4), [], "soft_labels.npy")
 
 
 NAMES = ["../../x", "/etc/passwd", "..", ".", "a/b", "a\\b", "con", "COM1.txt", "Great White", " lead", "trail.", "Cat", "cat",
@@ -303,8 +306,13 @@ def test_class_names_survive_the_way_out_and_back(tmp_path, monkeypatch):
     one_line(relabel.main, [teacher, "--images", "raw"], "'not known'", "none of the teacher's")
 
 
-def test_messages_are_one_line_whatever_they_quote():
-    assert str(BadInput("class 'a\nb\x1b[2J\udc80'")) == "class 'a?b?[2J?'"
+def test_messages_are_one_line_whatever_they_quote(monkeypatch):
+    def main(argv):
+        raise BadInput("class 'a\nb\x1b[2J\udc80'")
+    monkeypatch.setattr(sys, "argv", ["stage.py"])
+    with pytest.raises(SystemExit) as stop:
+        squeeze.script(main)
+    assert stop.value.code == "stage.py: class 'a?b?[2J?'"
 
 
 # ---- numbers
