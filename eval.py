@@ -125,8 +125,9 @@ def label_source(job, args):
     --online and --hard, which need none, the preset's."""
     teacher = relabel.labeller(job.run, job.config, args.teacher)[1]["artefacts"]["teacher.pt"]
     if args.online or args.hard:
-        preset = squeeze.fill(Namespace(epochs=args.epochs), squeeze.PRESETS[job.config["settings"]["dataset"]]["relabel"])
-        return {**vars(preset), "keep_epochs": preset.epochs, "seed": 0}, teacher if args.online else "", 0
+        preset = squeeze.PRESETS[job.config["settings"]["dataset"]]["relabel"]
+        made = squeeze.fill(Namespace(epochs=args.epochs), preset)
+        return {**vars(made), "keep_epochs": made.epochs, "seed": 0}, teacher if args.online else "", 0
     labels = squeeze.read_config(job.stored, "relabel")
     if labels["inputs"] != {"images.pt": job.config["artefacts"]["images.pt"], "teacher.pt": teacher}:
         raise BadInput(f"{job.stored}: made for other images or by another teacher: remove it and relabel again")
@@ -349,13 +350,11 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.ema >= 1:
         raise BadInput(f"--ema {args.ema} found, must be < 1")
-    if args.export and len(args.runs) > 1:
-        raise BadInput(f"--export takes one RUN, found {len(args.runs)}")
+    if args.export and (args.report or len(args.runs) > 1):
+        raise BadInput(f"--export takes one RUN, found {len(args.runs)}, and no --report: leave one out")
     for flag, useless in (("teacher", args.teacher), ("online", args.online), ("temperature", args.temperature != 20)):
         if args.hard and useless:
             raise BadInput(f"--{flag} has no effect with --hard: leave one out")
-    if args.export and args.report:
-        raise BadInput("--export has no effect with --report: leave one out")
     return args
 
 def show_table(table, args):
@@ -379,10 +378,10 @@ def main(argv):
         return report(args.runs, squeeze.pick_device())
     for run in args.runs:                                  # all checks of all runs before any work
         content, config, parent = relabel.load_run(run)
-        job = Namespace(run=run, content=content, config=config, parent=parent, source=None,
-                        images=content["images"].to(squeeze.pick_device()), stored=relabel.label_folder(run, args.teacher),
-                        shape=(len(content["images"]), len(content["classes"])))
-        squeeze.lock(Path(run).resolve())
+        images, stored = content["images"].to(squeeze.pick_device()), relabel.label_folder(run, args.teacher)
+        job = Namespace(run=run, content=content, config=config, parent=parent, images=images, stored=stored,
+                        shape=(len(images), len(content["classes"])), source=None)
+        squeeze.lock(run)
         if not args.resume and ((Path(run) / "result.json").exists() or list(Path(run).glob("student-*.pt"))):
             raise BadInput(f"{run}: its result.json or student-*.pt is in use: add --resume to add to it, or remove it")
         if args.online or args.hard or (job.stored / "config.json").is_file() and (

@@ -65,7 +65,7 @@ def optimise(images, losses, view, args, job):
 
 def to_uint8(images, teacher):
     """Normalised [B, 3, S, S] -> uint8 levels, rounded (a truncating cast would darken by half a level)."""
-    mean, std = (torch.tensor(teacher[v], device=images.device).view(1, 3, 1, 1) for v in ("mean", "std"))
+    mean, std = (squeeze.constant(tuple(teacher[v]), images.device) for v in ("mean", "std"))
     return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).contiguous()
 
 def step_of(b, args):
@@ -307,8 +307,6 @@ def load_job(data, parent, args):
     network, teacher, config = squeeze.load_teacher(parent, device)
     squeeze.check_data(data, teacher, config)
     found = squeeze.load(parent, "statistics.pt", config)
-    if "share" not in found["layers"][found["head"]]:
-        raise BadInput(f"{parent}: statistics of an older version: squeeze again")
     last = lambda name, module: name == found["head"]
     real = {name: spectral.Statistics(**layer).to(device) for name, layer in found["layers"].items()
             if last(name, None) == (args.layers == "last")}

@@ -221,7 +221,10 @@ def parse(argv):
     add("--top-k", type=number(int, 1), metavar="K", help="store the K largest logits, the rest share what is left")
     add("--batch", type=number(int, 1), default=500, help="images a forward pass (default 500)")
     add("--seed", type=number(int, 0), default=0, help="of the views (default 0)")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+def resolve(args):
+    """Flags left out take the run's preset. Returns args."""
     config = squeeze.read_config(args.run, "squeeze" if args.images else "recover")
     squeeze.fill(args, squeeze.PRESETS[config["settings"]["dataset"]]["relabel"])
     squeeze.fill(args, {"keep_epochs": args.epochs})
@@ -232,7 +235,7 @@ def parse(argv):
     return args
 
 def main(argv):
-    args, device = parse(argv), squeeze.pick_device()
+    args, device = resolve(parse(argv)), squeeze.pick_device()
     squeeze.show(args)
     run = import_images(args.run, args.images, args.resume) if args.images else args.run
     content, run_config, _ = load_run(run)
@@ -251,7 +254,8 @@ def main(argv):
     def label(epoch):
         views = draw_views(args.seed, epoch, N, S, args.scale).to(device)
         return torch.cat(list(soft_labels(network, teacher, images, views, args.batch)))
-    settings = {**squeeze.settings(args, ("run", "images")), "precision": teacher["precision"], "teacher": parent.resolve().name}
+    settings = {**squeeze.settings(args, ("run", "images")), "teacher": parent.resolve().name,
+                "precision": teacher["precision"]}
     inputs = {"images.pt": run_config["artefacts"]["images.pt"],
               "teacher.pt": teacher_config["artefacts"]["teacher.pt"]}
     config = squeeze.open_run(path.parent, "relabel", settings, inputs, args.resume)

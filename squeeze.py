@@ -541,14 +541,18 @@ def load(folder, name, config):
     """A .pt artefact of a run folder, checked; on the CPU."""
     return load_state(checked(folder, name, config))
 
-@functools.lru_cache(None)                                 # the handle, and with it the lock, lasts as long as the process
+LOCKS = {}                                                 # inode: the handle, and so the lock, while the process lasts
+
 def lock(folder):
     """Refuse a folder that another process writes to. Windows and some network disks have no such locks: nothing."""
     with contextlib.suppress(OSError, AttributeError):
-        try:
-            return fcntl.flock(handle := os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB) or handle
-        except BlockingIOError:
-            raise BadInput(f"{folder}: another process is at work here: wait for it, or stop it") from None
+        if (inode := os.stat(folder).st_ino) not in LOCKS:
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BadInput(f"{folder}: another process is at work here: wait for it, or stop it") from None
+            LOCKS[inode] = handle
 
 def open_run(folder, stage, settings, inputs, resume):
     """Start a run folder, or continue one where --resume was given: returns its config. settings: every resolved flag;
@@ -556,7 +560,7 @@ def open_run(folder, stage, settings, inputs, resume):
     --resume: nothing is overwritten silently. One process at a time (see lock)."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock(folder.resolve())
+        lock(folder)
     except OSError as error:
         raise BadInput(f"{folder}: this folder cannot be made ({error.strerror}): mend what is in its way") from error
     if all(entry.suffix == ".tmp" for entry in folder.iterdir()):          # new, or killed at this very point
