@@ -207,8 +207,11 @@ def distil(job, args):
 
 def finish(folder, config, teacher, args, seconds):
     """The batches become images.pt, with all that is needed to use it, and preview.png (rows = classes)."""
-    K, count = len(teacher["classes"]), args.ipc * math.ceil(len(teacher["classes"]) / args.batch)
-    images = torch.cat([squeeze.load_state(folder / f"batch{b + 1}.pt") for b in range(count)]).contiguous()
+    K, S = len(teacher["classes"]), teacher["size"]
+    images, n = torch.empty(args.ipc * K, 3, S, S, dtype=torch.uint8), 0
+    for b in range(args.ipc * math.ceil(K / args.batch)):
+        part = squeeze.load_state(folder / f"batch{b + 1}.pt")
+        images[n:n + len(part)], n = part, n + len(part)
     about = {key: teacher[key] for key in ("classes", "mean", "std", "precision")}
     squeeze.save(folder / "images.pt", dict(images=images, labels=torch.arange(K).repeat(args.ipc), **about,
                                             settings=squeeze.settings(args, ("data",)), inputs=config["inputs"]))
