@@ -286,8 +286,8 @@ def run_name(method, args, defaults):
 
 def choose_teacher(args):
     """The folder of the squeeze run to use and the flags that make it; what --teacher implies is filled into args.
-    Without --teacher, CIFAR's is one of early * sqrt(ipc) epochs: 4, 13, 28 and 40 for 1, 10, 50 and 100 images a class
-    (4, and 8 to 16, were measured, on ConvNet-128)."""
+    Without --teacher, CIFAR's is one of early * sqrt(ipc) epochs: for 10, 100, 500 and 1000 images 4, 13, 28 and 40 (4,
+    and 8 to 16, were measured, on ConvNet-128)."""
     if args.teacher:
         made = squeeze.read_config(args.teacher, "squeeze", True)["settings"]
         for flag in ("dataset", "network"):

@@ -53,7 +53,7 @@ except ImportError:                                        # Windows
 RECOVER = dict(alpha_max=0.1, iterations=1000, lr=0.1, batch=200, gamma=0.1, init="real", emu="paper")
 SMALL = dict(epochs=100, lr=0.1, wd=5e-4, batch=128, schedule="cosine", augment="crop")
 LARGE = dict(epochs=90, lr=0.1, wd=1e-4, batch=256, schedule="cosine", augment="resized")
-CIFAR = dict(size=32, network="resnet18", relabel=dict(epochs=1000, scale=0.08), early=4,
+CIFAR = dict(size=32, network="resnet18", relabel=dict(epochs=1000, scale=0.08),
              ours=dict(init="confident", iterations=100, lr=0.02, gamma=10.0, emu="pool"))
 FOLDER = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], size=224, network="resnet18", squeeze=LARGE,
               recover=RECOVER, ours=dict(emu="pool"), relabel=dict(epochs=300, scale=0.5), batch=(0, 100, 100))
@@ -62,9 +62,9 @@ PRESETS = {
                 squeeze=dict(SMALL, epochs=4, lr=0.05, batch=50), recover=dict(RECOVER, iterations=100, batch=10),
                 relabel=dict(epochs=60, scale=0.08), batch=(0, 25, 25)),
     "cifar10": dict(CIFAR, mean=[0.4914, 0.4822, 0.4465], std=[0.2470, 0.2435, 0.2616], batch=(100, 50, 100),
-                    squeeze=dict(SMALL, epochs=200), recover=dict(RECOVER, lr=0.25, batch=10)),
+                    early=4, squeeze=dict(SMALL, epochs=200), recover=dict(RECOVER, lr=0.25, batch=10)),
     "cifar100": dict(CIFAR, mean=[0.5071, 0.4865, 0.4409], std=[0.2673, 0.2564, 0.2762], batch=(1000, 100, 200),
-                     squeeze=SMALL, recover=dict(RECOVER, lr=0.25, batch=100)),
+                     early=13, squeeze=SMALL, recover=dict(RECOVER, lr=0.25, batch=100)),
     "tiny": dict(FOLDER, mean=[0.4802, 0.4481, 0.3975], std=[0.2770, 0.2691, 0.2821], size=64,
                  squeeze=dict(LARGE, epochs=50, lr=0.2), recover=dict(RECOVER, alpha_max=1.0)),
     "imagenet": dict(FOLDER, squeeze=dict(LARGE, schedule="step"), recover=dict(RECOVER, batch=500)),

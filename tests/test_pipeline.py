@@ -237,7 +237,8 @@ def test_few_images_are_given_an_early_teacher():
     cifar = ("--dataset", "cifar10", "--network", "convnet", "--ipc")
     assert [folder(*cifar, ipc) for ipc in ("1", "10", "50", "5000")] == [
         "runs/cifar10-convnet" + end for end in ("-epochs4", "-epochs13", "-epochs28", "")]
-    assert folder("--dataset", "cifar100") == "runs/cifar100-resnet18-epochs13"
+    assert folder("--dataset", "cifar100", "--ipc", "1") == "runs/cifar100-resnet18-epochs13"      # as many images
+    assert folder("--dataset", "cifar100", "--ipc", "10") == "runs/cifar100-resnet18-epochs41"
     assert folder(*cifar, "1", "--preset", "paper") == "runs/cifar10-convnet"
     assert folder("--dataset", "tiny", "--ipc", "1") == "runs/tiny-resnet18"       # not measured there
 
