@@ -134,7 +134,7 @@ def label_source(job, args):
     if (args.epochs or 0) > labels["settings"]["epochs"]:
         raise BadInput(f"--epochs {args.epochs}: {job.stored} holds {labels['settings']['epochs']}: relabel with more")
     squeeze.checked(job.stored, "soft_labels.npy", labels)
-    relabel.check_labels(job.stored, labels["settings"], *job.shape)
+    relabel.check_labels(job.stored, labels["settings"], len(job.content["images"]), len(job.content["classes"]))
     return labels["settings"], labels["artefacts"]["soft_labels.npy"], labels["results"]["label_bytes"]
 
 def test_set(job, args):
@@ -144,10 +144,10 @@ def test_set(job, args):
     if args.validate != validate:
         raise BadInput(f"--validate: the teacher of {job.run} was trained with{'' if validate else 'out'} it: "
                        f"{'add it' if validate else 'leave it out, or squeeze.py --validate'}")
-    data = squeeze.load_data(settings["dataset"], args.data or settings["data"], job.images.shape[-1], job.shape[1],
-                             validate)
+    data = squeeze.load_data(settings["dataset"], args.data or settings["data"], job.content["images"].shape[-1],
+                             len(job.content["classes"]), validate)
     squeeze.check_data(data, job.content, job.config)
-    return data._replace(train=None, test=squeeze.in_memory(data, data.test, job.images.device))
+    return data._replace(train=None, test=squeeze.in_memory(data, data.test, squeeze.pick_device()))
 
 def recipe(argv, dataset, N, epochs):
     """The flags of a recipe, resolved for N images: few are trained in small batches, as in the authors' code."""
@@ -378,9 +378,8 @@ def main(argv):
         return report(args.runs, squeeze.pick_device())
     for run in args.runs:                                  # all checks of all runs before any work
         content, config, parent = relabel.load_run(run)
-        images, stored = content["images"].to(squeeze.pick_device()), relabel.label_folder(run, args.teacher)
-        job = Namespace(run=run, content=content, config=config, parent=parent, images=images, stored=stored,
-                        shape=(len(images), len(content["classes"])), source=None)
+        job = Namespace(run=run, content=content, config=config, parent=parent, source=None,
+                        stored=relabel.label_folder(run, args.teacher))
         squeeze.lock(run)
         if not args.resume and ((Path(run) / "result.json").exists() or list(Path(run).glob("student-*.pt"))):
             raise BadInput(f"{run}: its result.json or student-*.pt is in use: add --resume to add to it, or remove it")
@@ -394,7 +393,9 @@ def main(argv):
             flags = [f"--{flag}={getattr(args, flag)}" for flag in ("epochs", "teacher") if getattr(args, flag)]
             squeeze.ensure(job.stored, "relabel", [job.run, *flags], relabel.main, args.resume)
             job.source = label_source(job, args)
-    for job in jobs:
+    while jobs:                                            # the images of one at a time on the device
+        job = jobs.pop(0)
+        job.images = job.content["images"].to(squeeze.pick_device())
         for network in args.network or [job.config["settings"]["network"]]:
             table.append((job.run, network, evaluate(job, network, argv)))
     show_table(table, args)

@@ -147,8 +147,10 @@ def resumed(folder, device):
         return dict(b=0, layers={}, seconds=0.0)
     memory = squeeze.load_state(folder / "memory.pt")
     for b in range(memory["b"]):
-        if not (part := folder / f"batch{b + 1}.pt").is_file():
-            raise BadInput(f"{part}: missing, memory.pt counts {memory['b']}: remove {folder} and start again")
+        try:
+            squeeze.load_state(folder / f"batch{b + 1}.pt")
+        except BadInput as error:
+            raise BadInput(f"{folder}/batch{b + 1}.pt: missing or damaged: remove {folder} and start again") from error
     print(f"resuming after batch {memory['b']}")
     memory["layers"] = {name: spectral.Statistics(*parts).to(device) for name, parts in memory["layers"].items()}
     return memory
@@ -213,8 +215,9 @@ def finish(folder, config, teacher, args, seconds):
         part = squeeze.load_state(folder / f"batch{b + 1}.pt")
         images[n:n + len(part)], n = part, n + len(part)
     about = {key: teacher[key] for key in ("classes", "mean", "std", "precision")}
-    squeeze.save(folder / "images.pt", dict(images=images, labels=torch.arange(K).repeat(args.ipc), **about,
-                                            settings=squeeze.settings(args, ("data",)), inputs=config["inputs"]))
+    squeeze.save(folder / "images.pt", dict(
+        images=images, labels=torch.arange(K).repeat(args.ipc), **about, inputs=config["inputs"],
+        settings=squeeze.settings(args, ("data", "teacher"))))
     shown = images.unflatten(0, (args.ipc, K))[:10, :20].transpose(0, 1)
     save_image(make_grid(shown.flatten(0, 1).float() / 255, nrow=shown.shape[1], padding=1), folder / "preview.png")
     squeeze.finish_run(folder, config, ["images.pt"], seconds=seconds, image_bytes=images.numel())
@@ -335,15 +338,14 @@ def run(args, method, defaults, prepare):
           f"iterations on {device}; images {3e-6 * N * data.size**2:.1f} MB, labels {2e-6 * N * K:.2f} MB an epoch",
           flush=True)
     if flags:
-        squeeze.ensure(parent, "squeeze", flags, squeeze.main, args.resume)
+        squeeze.ensure(parent, "squeeze", [*flags[:-1], args.data], squeeze.main, args.resume)
     job, parent_config = load_job(data, parent, args)
     job.folder, args.precision = parent / run_name(method, args, defaults), job.teacher["precision"]
-    args.teacher = parent.resolve().name
     prepare(job, args)                                     # refuses an unstable rate; the next line, a tiny alpha
     if args.iterations:
         with naming_alpha():
             spectral.matching(job.real, job.pairs_of(args.ipc - 1), args.signal, args.centred)(job.real)
-    config = squeeze.open_run(job.folder, "recover", squeeze.settings(args),
+    config = squeeze.open_run(job.folder, "recover", squeeze.settings(args, ("teacher",)),
                               {"data": data.sha256, **parent_config["artefacts"]}, args.resume)
     if not config["artefacts"]:
         finish(job.folder, config, job.teacher, args, distil(job, args))

@@ -120,10 +120,10 @@ def check_labels(folder, settings, N, K):
 
 def epochs_done(path):
     """How many epochs a killed run left whole: those whose stored bytes have the CRC that log.jsonl tells."""
-    with contextlib.suppress(OSError, ValueError, KeyError):           # nothing there yet, or something broken: anew
+    with contextlib.suppress(OSError, ValueError, KeyError, EOFError): # nothing there yet, or something broken: anew
         entries = [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
         crc, stored = {entry["epoch"]: entry["crc"] for entry in entries}, np.load(path, mmap_mode="r")
-        whole = [crc.get(e + 1) == zlib.crc32(epoch.tobytes()) for e, epoch in enumerate(stored)]
+        whole = [e + 1 in crc and crc[e + 1] == zlib.crc32(epoch.tobytes()) for e, epoch in enumerate(stored)]
         return (whole + [False]).index(False)
     return 0
 
@@ -190,7 +190,7 @@ def import_images(parent, source, resume):
     position = torch.cat([torch.arange(n) for n in counts])                    # in its class
     order = np.lexsort((labels, position))
     paths, labels, size = [paths[i] for i in order], labels[order], teacher["size"]
-    tensors = [image for image, _ in squeeze.stream(squeeze.Split(paths, labels), T.PILToTensor(), 1)]
+    tensors = [image.clone() for image, _ in squeeze.stream(squeeze.Split(paths, labels), T.PILToTensor(), 1)]
     for image, path in zip(tensors, paths):
         if image.shape[2:] != (size, size):
             raise BadInput(f"{path}: {tuple(image.shape[2:])} pixels found, the teacher takes {size} squared: mend or "
@@ -242,7 +242,7 @@ def main(argv):
     parent, teacher_config = labeller(run, run_config, args.teacher)
     N, K, S = len(content["images"]), len(content["classes"]), content["images"].shape[-1]
     if args.top_k and not args.top_k <= K <= 2048:         # float16 holds whole numbers so far
-        raise BadInput(f"--top-k {args.top_k} found, must be at most the {K} classes, and they at most 2048")
+        raise BadInput(f"--top-k {args.top_k} found, must be at most the {K} classes, and they 2048: use --keep-epochs")
     path, shape = label_folder(run, args.teacher) / "soft_labels.npy", shape_of(vars(args), N, K)
     size = 2 * math.prod(shape)
     if not (path.parent / "log.jsonl").is_file() and size > (free := shutil.disk_usage(run).free):
@@ -254,8 +254,7 @@ def main(argv):
     def label(epoch):
         views = draw_views(args.seed, epoch, N, S, args.scale).to(device)
         return torch.cat(list(soft_labels(network, teacher, images, views, args.batch)))
-    settings = {**squeeze.settings(args, ("run", "images")), "teacher": parent.resolve().name,
-                "precision": teacher["precision"]}
+    settings = {**squeeze.settings(args, ("run", "images", "teacher")), "precision": teacher["precision"]}
     inputs = {"images.pt": run_config["artefacts"]["images.pt"],
               "teacher.pt": teacher_config["artefacts"]["teacher.pt"]}
     config = squeeze.open_run(path.parent, "relabel", settings, inputs, args.resume)

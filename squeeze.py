@@ -546,7 +546,7 @@ LOCKS = {}                                                 # inode: the handle, 
 def lock(folder):
     """Refuse a folder that another process writes to. Windows and some network disks have no such locks: nothing."""
     with contextlib.suppress(OSError, AttributeError):
-        if (inode := os.stat(folder).st_ino) not in LOCKS:
+        if (inode := os.stat(folder)[1:3]) not in LOCKS:   # and its device
             handle = os.open(folder, os.O_RDONLY)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -575,8 +575,8 @@ def open_run(folder, stage, settings, inputs, resume):
     now, then = {**settings, **inputs}, {**config["settings"], **config["inputs"]}         # hashes stand for paths
     for key in now:
         if now[key] != then.get(key):
-            raise BadInput(f"--resume {folder}: {key} is {now[key]!r} now and was {then.get(key)!r}: give the same, or "
-                           "remove the folder")
+            raise BadInput(f"--resume {folder}: {key} is {now[key]!r} now and was {then.get(key)!r}: give the same "
+                           f"to {stage}.py, or remove the folder")
     return config
 
 def finish_run(folder, config, artefacts, **results):
@@ -694,9 +694,10 @@ def load_teacher(folder, device):
         if teacher["network"] not in TEACHERS or teacher["precision"] not in ("float32", "bfloat16") or not (
                 {"mean", "std"} <= set(teacher)):
             raise KeyError
-        return fold(restore(teacher).to(device)), teacher, config
+        network = restore(teacher)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise BadInput(f"{folder}/teacher.pt: not as squeeze.py writes it today: squeeze again") from error
+    return fold(network.to(device)), teacher, config
 
 def check_data(data, teacher, config):
     """The data set must be the one the teacher was trained on, class by class and image by image."""
@@ -720,12 +721,13 @@ def given_weights(network, args, teacher):
         remedy += str(teacher["classes"])[:60]
         if about["classes"] != teacher["classes"] or not all(
                 len(about[key]) == 3 and all(0 < v <= 1 for v in about[key]) for key in ("mean", "std")):
-            raise ValueError
+            raise ValueError(f"mean {about['mean']}, std {about['std']}, classes {str(about['classes'])[:60]} found")
         remedy = f"no {args.network} for this data set: another architecture, input size or class count"
         network.load_state_dict(state.get("state_dict", state))
     except Exception as error:                             # urllib's, a broken file's, or torch's list of complaints
-        first = str(error).splitlines()[:2][-1:]
-        raise BadInput(f"{flag}: {' '.join(first).strip()[:200] or type(error).__name__}: {remedy}") from error
+        advice = isinstance(error, pickle.UnpicklingError)      # torch's: to unpickle whatever it is
+        first = type(error).__name__ if advice else str(error).splitlines()[:2][-1].strip()[:200]
+        raise BadInput(f"{flag}: {first}: {remedy}") from error
     teacher.update(about)
     print(f"{flag}: images are normalised with mean {teacher['mean']}, std {teacher['std']}"
           f"{'' if 'mean' in state else ': it names none of its own'}")
