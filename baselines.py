@@ -11,9 +11,8 @@ These are the linear-head forms of the theory on one trained teacher, under CFM'
 They leave out what the published methods add: DM and DC draw many random networks, MTT matches trajectories of a whole
 network, FrePo keeps a pool of networks; CDA and DWA use their own rates and iterations. So no number made here is the
 published method's number. G-VBSM is not here: its data densification compares images of one class within a batch, and
-a batch here has one image of each; several teachers would ask for a second network in every stage.
-"""
-import contextlib
+a batch here has one image of each; several teachers would ask for a second network in every stage."""
+import copy
 import functools
 import math
 
@@ -27,8 +26,7 @@ import squeeze
 from spectral import gradient_descent, identity, low_pass, ridge
 from squeeze import BadInput, number
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The table: flags -> pairs (g, f) or (g, f_real, f_syn) as spectral.matching takes them. g: "I" matches filters f(Psi),
+# ---- The table: flags -> pairs (g, f) or (g, f_real, f_syn) as spectral.matching takes them. g: "I" matches f(Psi),
 # "diag" their diagonals, "x" signals f(Psi) Phi.
 
 def mtt(args):
@@ -66,26 +64,18 @@ def curriculum(progress):
     first. progress: of a batch's iterations, 0 to 1; over all of them, as its authors run it."""
     return 0.08 + 0.92 * (1 + math.cos(math.pi * progress)) / 2
 
-@contextlib.contextmanager
 def adjusted(network, x, classes, rho=0.015, steps=12):
-    """DWA (Du et al., 2024): context in which the network's weights are moved by steps of length rho / steps up the
+    """DWA (Du et al., 2024): a copy of the network with its weights moved by steps of length rho / steps up the
     gradient of the starting images' cross-entropy, so that every batch meets another teacher. x: normalised [B, 3, S,
     S]. Where BatchNorm is folded into the convolutions, as in recover.py, the gradient is the folded weights'."""
+    network = copy.deepcopy(network).requires_grad_(True)
     weights = list(network.parameters())
-    kept = [weight.detach().clone() for weight in weights]
-    try:
-        for _ in range(steps):
-            with squeeze.autocast(network.requires_grad_(True)):
-                loss = F.cross_entropy(network(x).float(), classes)
-            gradient = torch.autograd.grad(loss, weights)
-            length = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part) for part in gradient]))
-            for weight, part in zip(weights, gradient):
-                weight.data += rho / steps / (length + 1e-12) * part
-        yield network.requires_grad_(False)
-    finally:
-        for weight, old in zip(weights, kept):
-            weight.data.copy_(old)
-        network.requires_grad_(False)
+    for _ in range(steps):
+        gradient = torch.autograd.grad(F.cross_entropy(squeeze.forward(network, x), classes), weights)
+        length = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part) for part in gradient]))
+        for weight, part in zip(weights, gradient):
+            weight.data += rho / steps / (length + 1e-12) * part
+    return network.requires_grad_(False)
 
 @torch.no_grad()
 def realistic_crops(job, args, candidates=300, crops=5):
@@ -103,8 +93,7 @@ def realistic_crops(job, args, candidates=300, crops=5):
         upright = torch.zeros(len(boxes), dtype=torch.bool, device=device)
         views = squeeze.resample(images.float(), squeeze.crop_grid(boxes, upright, d)).round()
         seen = F.pad(squeeze.normalise(views, teacher["mean"], teacher["std"]), 2 * (border // 2, border - border // 2))
-        with squeeze.autocast(job.network):
-            loss = torch.cat([-job.network(part).float().log_softmax(1)[:, c] for part in seen.split(500)])
+        loss = torch.cat([-squeeze.forward(job.network, part).log_softmax(1)[:, c] for part in seen.split(500)])
         best, which = loss.view(crops, -1).min(0)
         first = best.argsort(stable=True)[:wanted]
         if len(first) < wanted:
@@ -128,7 +117,7 @@ def prepare(job, args):
     if args.method == "cda":
         job.smallest = curriculum
     if args.method == "dwa":
-        job.weights = lambda images, classes: adjusted(
+        job.meets = lambda job, images, classes: adjusted(
             job.network, squeeze.normalise(images, job.teacher["mean"], job.teacher["std"]), classes)
     if args.method == "rded":
         crops = functools.cache(lambda: realistic_crops(job, args))        # not before they are wanted
@@ -139,8 +128,7 @@ def parse(argv):
     parser.add_argument("--method", required=True, choices=list(METHODS), help="whose objective")
     recover.add_flags(parser)
     add = parser.add_argument_group("spectra").add_argument
-    add("--layers", choices=["conv", "last"], default="conv",
-        help="all convolutions' inputs, as CFM, or the last linear layer's, the theory's H")
+    add("--layers", choices=["conv", "last"], default="conv", help="convolutions' inputs, as CFM, or the head's, H")
     add("--eta", type=number(float, 0, strict=True), help="mtt: rate (default: 1 / lambda_max of each layer)")
     add("--p", type=number(int, 1), help="mtt: steps on the real side (default 10)")
     add("--q", type=number(int, 1), help="mtt: steps on the synthetic side (default 10)")

@@ -7,8 +7,7 @@ or look at the images (--report), or write them as PNGs (--export).
 Each epoch shows a student the views that relabel.py showed the teacher, with the teacher's soft labels as the target
 (KL divergence at temperature T). Reported is the last epoch, mean and deviation over seeds, of the averaged student:
 the exponential average of the weights (0.99 a step, less at first). Raw last epochs, shown beside it, swing by points;
-best test epochs flatter and are not looked at. Missing labels are made first. Writes RUN/result.json.
-"""
+best test epochs flatter and are not looked at. Missing labels are made first. Writes RUN/result.json."""
 import itertools
 import math
 import time
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import save_image
 
 import baselines
 import recover
@@ -48,14 +47,12 @@ def answers(job, args):
     hot = F.one_hot(job.content["labels"], K).float().to(device)
     if args.online:
         network, teacher, _ = squeeze.load_teacher(args.teacher or Path(job.run).resolve().parent, device)
-
     def answer(epoch, views):
         if args.hard:
             share = relabel.patch_mask(views.patch, job.images.shape[-1]).float().mean((1, 2, 3))[:, None]
             return (1 - share) * hot + share * hot[views.partner]
         if args.online:
-            asked = relabel.soft_labels(network, teacher, job.images, views, 500)
-            return torch.cat([part.half().float() for part in asked])
+            return relabel.soft_labels(network, teacher, job.images, views, 500).half().float()
         return relabel.read_epoch(job.stored, job.labels, epoch, K).to(device)
     return answer
 
@@ -66,10 +63,8 @@ def make_student(job, args, seed):
     student = squeeze.build_network(args.network, len(job.content["classes"]), job.images.shape[-1],
                                     job.content["precision"]).to(job.images.device)
     optimizer = torch.optim.AdamW(student.parameters(), args.lr, weight_decay=args.wd)
-
     def update(averages, weights, count):                  # count is on the device: reading it would wait
-        n = job.step
-        get_ema_multi_avg_fn(min(args.ema, (1 + n) / (10 + n)))(averages, weights, count)
+        get_ema_multi_avg_fn(min(args.ema, (1 + job.step) / (10 + job.step)))(averages, weights, count)
     return student, AveragedModel(student, multi_avg_fn=update, use_buffers=True), optimizer
 
 def train_epoch(job, args, student, average, optimizer, epoch):
@@ -83,9 +78,7 @@ def train_epoch(job, args, student, average, optimizer, epoch):
     for job.step, index in enumerate(order.split(args.batch), epoch * steps):
         optimizer.param_groups[0]["lr"] = learning_rate(job.step / (args.epochs * steps), args)
         view = squeeze.normalise(relabel.render(job.images, views, index), content["mean"], content["std"])
-        with squeeze.autocast(student):
-            logits = student(view)
-        loss = student_loss(logits.float(), wanted[index], args)
+        loss = student_loss(squeeze.forward(student, view), wanted[index], args)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -227,9 +220,9 @@ def radial_psd(images):
     return torch.arange(1, inside), (total / count)[1:inside], power[radius > S / 4].sum().item()
 
 @torch.no_grad()
-def intra_class_similarity(network, content, device, batch=500):
-    """Mean cosine similarity of the teacher's last features over the pairs of a class, then over classes."""
-    name, H = squeeze.head_name(network), []
+def intra_class_similarity(network, name, content, device, batch=500):
+    """Mean cosine similarity of the input of the teacher's layer `name` over pairs of a class, then over classes."""
+    H = []
     with spectral.collect_inputs(network, lambda n, module: n == name) as features:
         for part in content["images"].split(batch):
             network(squeeze.normalise(part.to(device), content["mean"], content["std"]))
@@ -246,10 +239,8 @@ def svg(path, curves, title, x_label, y_label, dashed=()):
     points = [(x, y) for xs, ys in curves.values() for x, y in zip(xs, ys) if x > 0 and y > 0]
     (x0, x1), (y0, y1) = ((math.log10(min(v)), math.log10(max(v)) + 1e-9) for v in zip(*points))
     colours = itertools.cycle(["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"])
-
     def place(x, y):
         return 70 + 400 * (math.log10(x) - x0) / (x1 - x0), 330 - 290 * (math.log10(y) - y0) / (y1 - y0)
-
     def ticks(low, high):                                  # decades, or steps within one
         steps = [m * 10.0**d for d in range(math.floor(low), math.ceil(high)) for m in range(1, 10)]
         return [t for t in steps if low <= math.log10(t) <= high and (high - low < 1 or f"{t:e}"[0] == "1")]
@@ -289,28 +280,28 @@ def report(runs, device):
     """report.json, psd.svg, filters.svg, grid.png and rounds-<run>.png of one teacher's runs, in its report/."""
     loaded = [relabel.load_run(run) for run in runs]
     parent = loaded[0][2]
-    for run, (_, _, other) in zip(runs, loaded):
-        if other != parent:
-            raise BadInput(f"--report: {run} is of {other.name} and {runs[0]} of {parent.name}: they must be one's")
+    if strange := [run for run, (_, _, other) in zip(runs, loaded) if other != parent]:
+        raise BadInput(f"--report: {strange[0]} is not of {parent.name} as {runs[0]} is: name runs of one teacher")
     network, _, config = squeeze.load_teacher(parent, device)
-    statistics = squeeze.load(parent, "statistics.pt", config)
+    statistics = squeeze.load_state(squeeze.checked(parent, "statistics.pt", config))
     layer = [name for name in statistics["layers"] if name != statistics["head"]][-1]
     folder, rows, curves, filters, tiles = parent / "report", {}, {}, {}, []
     folder.mkdir(exist_ok=True)
     for run, (content, run_config, _) in zip(runs, loaded):
         name, images, K, ipc = Path(run).name, content["images"], len(content["classes"]), run_config["settings"]["ipc"]
         radius, power, share = radial_psd(images)
-        rows[name] = dict(high_share=share, similarity=intra_class_similarity(network, content, device),
-                          psd=power.tolist(), seconds=run_config["results"].get("seconds"))
+        similarity = intra_class_similarity(network, statistics["head"], content, device)
+        rows[name] = dict(high_share=share, similarity=similarity, psd=power.tolist(),
+                          seconds=run_config["results"].get("seconds"))
         curves[name] = radius.tolist(), power.tolist()
         if "iterations" in run_config["settings"]:
             found = responses(Namespace(**run_config["settings"]), statistics["layers"][layer])
             filters.update({f"{name}{label}": curve for label, curve in found.items()})
         by_round = images.view(ipc, K, *images.shape[1:]) if len(images) == ipc * K else images[None, :K]
         tiles += [by_round[k, c % K] for k in (0, len(by_round) - 1) for c in range(10)]
-        rounds = by_round[:, :10].transpose(0, 1).flatten(0, 1).float() / 255
-        save_image(make_grid(rounds, nrow=len(by_round), padding=1), folder / f"rounds-{name}.png")
-    save_image(make_grid(torch.stack(tiles).float() / 255, nrow=10, padding=1), folder / "grid.png")
+        rounds = by_round[:, :10].transpose(0, 1).flatten(0, 1) / 255
+        save_image(rounds, folder / f"rounds-{name}.png", nrow=len(by_round), padding=1)
+    save_image(torch.stack(tiles) / 255, folder / "grid.png", nrow=10, padding=1)
     svg(folder / "psd.svg", curves, "power spectral density of the images", "cycles per image", "share of power")
     if filters:
         svg(folder / "filters.svg", filters, f"filter responses on the real spectrum of layer {layer}",
@@ -341,15 +332,12 @@ def parse(argv):
     add("--batch", type=number(int, 2), help="images a step (toy 25; CIFAR-10 50 up to IPC 10; else 100 or 200)")
     add("--lr", type=number(float, 0, strict=True), default=1e-3, help="rate of AdamW (default 1e-3)")
     add("--wd", type=number(float, 0), default=1e-2, help="weight decay (default 1e-2)")
-    add("--schedule", choices=["stretched", "cosine"], default="stretched",
-        help="a cosine to half the rate (default, as the authors' code), or to zero")
-    add("--ema", type=number(float, 0), default=0.99, help="averaging of the student, a step (default 0.99)")
+    add("--schedule", choices=["stretched", "cosine"], default="stretched", help="cosine to half the rate, or to zero")
+    add("--ema", type=number(float, 0, 1), default=0.99, help="averaging of the student, a step (default 0.99)")
     add("--temperature", type=number(float, 0, strict=True), default=20.0, help="of the soft labels (default 20)")
     add("--hard", action="store_true", help="hard labels instead of the teacher's, on views of the same kind")
     add("--online", action="store_true", help="ask the teacher at every epoch and store no labels")
     args = parser.parse_args(argv)
-    if args.ema >= 1:
-        raise BadInput(f"--ema {args.ema} found, must be < 1")
     if args.export and (args.report or len(args.runs) > 1):
         raise BadInput(f"--export takes one RUN, found {len(args.runs)}, and no --report: leave one out")
     for flag, useless in (("teacher", args.teacher), ("online", args.online), ("temperature", args.temperature != 20)):
@@ -358,14 +346,13 @@ def parse(argv):
     return args
 
 def show_table(table, args):
-    print("\n%-44s %-24s %-13s %2s %13s %13s %10s %10s %8s" % ("run", "labels of", "student", "n", "averaged", "raw",
-                                                               "images", "labels", "time"))
+    line = "%-44s %-24s %-13s %2s %13s %13s %10s %10s %8s"
+    print("\n" + line % ("run", "labels of", "student", "n", "averaged", "raw", "images", "labels", "time"))
     for run, network, row in table:
         whose = "none" if args.hard else Path(args.teacher or Path(run).resolve().parent).resolve().name
-        print("%-44s %-24s %-13s %2d %6.2f ± %4.2f %6.2f ± %4.2f %7.2f MB %7.2f MB %6.0f s" % (
-            run, whose, network, len(row["seeds"]),
-            *(row[key] for key in ("averaged", "averaged_std", "raw", "raw_std")),
-            row["image_bytes"] / 1e6, row["label_bytes"] / 1e6, row["seconds"]))
+        scores = ("%6.2f ± %4.2f" % (row[kind], row[kind + "_std"]) for kind in ("averaged", "raw"))
+        sizes = ("%.2f MB" % (row[kind + "_bytes"] / 1e6) for kind in ("image", "label"))
+        print(line % (run, whose, network, len(row["seeds"]), *scores, *sizes, "%.0f s" % row["seconds"]))
     print(f"top-1 {'held-out' if args.validate else 'test'} accuracy in %, last epoch, mean and deviation over n seeds"
           f"; peak memory {squeeze.peak_memory(squeeze.pick_device()):.0f} MB\n"
           "next: the same with recover.py --iterations 0, the honest rival")

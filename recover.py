@@ -14,10 +14,8 @@ random view, push it through the frozen teacher, and step on  CE + gamma * sum o
 loss)  (Eq. 19-20).
 
 Writes runs/<dataset>-<network>/<run>/ with images.pt, preview.png, config.json and log.jsonl. Baselines run through the
-same loop (baselines.py).
-"""
+same loop (baselines.py)."""
 import contextlib
-import copy
 import math
 import time
 from pathlib import Path
@@ -25,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import save_image
 
 import spectral
 import squeeze
@@ -39,7 +37,6 @@ def random_views(rng, T, B, size, device, smallest):
     boxes = squeeze.crop_boxes(rng.random((T * B, 4)), (smallest, 1)).view(T, B, 4).to(device)
     flips = torch.from_numpy(rng.random((T, B)) < 0.5).to(device)
     rolls = rng.integers(0, 5, (T, 2)).tolist()
-
     def view(images, t):                                   # rolling the grid rolls the view
         return squeeze.resample(images, squeeze.crop_grid(boxes[t], flips[t], size).roll(rolls[t], (1, 2)))
     return view
@@ -48,8 +45,8 @@ def optimise(images, losses, view, args, job):
     """T Adam steps on uint8 images [B, 3, S, S]; returns what they became. losses(x): cross-entropy and matching
     loss of a view; view(images, t); job.report(t, cross-entropy, matching, pixels finite): each job.every steps."""
     teacher, T = job.teacher, args.iterations
-    levels = torch.tensor([0, 255], dtype=torch.uint8, device=images.device).view(2, 1, 1, 1).expand(2, 3, 1, 1)
-    black, white = squeeze.normalise(levels, teacher["mean"], teacher["std"]).split(1)
+    mean, std = (squeeze.constant(tuple(teacher[v]), images.device) for v in ("mean", "std"))
+    black, white = -mean / std, (1 - mean) / std
     images = squeeze.normalise(images, teacher["mean"], teacher["std"]).requires_grad_()
     optimizer = torch.optim.Adam([images], args.lr, betas=(0.5, 0.9))
     for t in range(T):
@@ -80,8 +77,7 @@ def view_statistics(images, network, layers, view, teacher, args):
     image, and a memory of whole images would make late batches answer for the difference, b-fold."""
     images, seen, T = squeeze.normalise(images, teacher["mean"], teacher["std"]), {}, min(10, args.iterations)
     for t in range(T):
-        with squeeze.autocast(network):
-            network(view(images, t))
+        squeeze.forward(network, view(images, t))
         seen = spectral.merge(seen, layers, step_of(t + 1, args))
     return {name: layer._replace(count=layer.count // T) for name, layer in seen.items()}      # they weigh as one batch
 
@@ -97,20 +93,19 @@ def make_batch(job, args, images, classes, memory, rng):
     """Optimise the starting images [B, 3, S, S] of `classes` [B]; EMU's memory then holds them too. uint8 to uint8."""
     Y = F.one_hot(classes, len(job.teacher["classes"])) if args.signal == "class" else None
     old, step = {} if args.emu == "off" else memory["layers"], step_of(memory["b"] + 1, args)
-
     def views(T):
         smallest = np.repeat([job.smallest(t / T) for t in range(T)], len(images))
         return random_views(rng, T, len(images), images.shape[-1], images.device, smallest)
-    with job.weights(images, classes), spectral.collect_inputs(job.network, job.select, spectral.moments, Y) as layers:
+    network = job.meets(job, images, classes)
+    with spectral.collect_inputs(network, job.select, spectral.moments, Y) as layers:
         def losses(x):
-            with squeeze.autocast(job.network):
-                logits = job.network(x)
+            entropy = F.cross_entropy(squeeze.forward(network, x), classes)
             with naming_alpha():                           # few feature vectors resolve less than the real side
-                return F.cross_entropy(logits.float(), classes), job.matching(layers, old, step)
+                return entropy, job.matching(layers, old, step)
         job.layers = layers
         images = optimise(images, losses, views(args.iterations), args, job)
         if args.emu != "off":
-            seen = view_statistics(images, job.network, layers, views(min(10, args.iterations)), job.teacher, args)
+            seen = view_statistics(images, network, layers, views(min(10, args.iterations)), job.teacher, args)
             memory["layers"] = spectral.merge(old, seen, step)
     return images
 
@@ -124,8 +119,8 @@ def initial_images(job, k, classes, rng):
     return torch.from_numpy(noise.clip(0, 255).astype(np.uint8))
 
 # What baselines may change of a job: the images to start from, the smallest crop at some progress of a batch, as share
-# of the area, and a context with other weights of the teacher for a batch.
-PLAIN = dict(start=initial_images, smallest=lambda progress: 0.08, weights=lambda *batch: contextlib.nullcontext())
+# of the area, and the network that a batch meets.
+PLAIN = dict(start=initial_images, smallest=lambda progress: 0.08, meets=lambda job, images, classes: job.network)
 
 def starting_images(data, ipc, confidence=None):
     """index [ipc, K]: row k holds the position of the k-th training image of every class; with confidence [n], of the
@@ -141,8 +136,7 @@ def starting_images(data, ipc, confidence=None):
     return torch.stack(columns, 1)
 
 def resumed(folder, device):
-    """What a killed run left: batches done (their images: batch1.pt, ...), their statistics together (EMU) and the
-    seconds they took."""
+    """What a killed run left: batches done (their images: batch1.pt, ...), their statistics (EMU) and their seconds."""
     if not (folder / "memory.pt").is_file():
         return dict(b=0, layers={}, seconds=0.0)
     memory = squeeze.load_state(folder / "memory.pt")
@@ -177,7 +171,6 @@ def distil(job, args):
     chunks = torch.arange(K).split(args.batch)
     memory, total = resumed(job.folder, device), args.ipc * len(chunks)
     done, start, before = memory["b"], time.time(), memory["seconds"]
-
     def report(t, entropy, matching, pixels):              # b and k are the loop's
         rate = ((b - done) * args.iterations + t) / (time.time() - start)
         left = ((total - b) * args.iterations - t) / rate
@@ -194,16 +187,15 @@ def distil(job, args):
     job.report = report
     for b in range(done, total):
         k, classes = b // len(chunks), chunks[b % len(chunks)]
-        rng = np.random.default_rng([args.seed, b])        # a batch's randomness depends on nothing before it
-        images = job.start(job, k, classes, rng)
-        if args.iterations:
-            if b == done or b % len(chunks) == 0:          # the real side is constant within a round
-                job.matching = spectral.matching(job.real, job.pairs_of(k), args.signal, args.centred)
-            for job.every in (100, 1):                     # once more, to see which iteration, term and layer it was
-                with contextlib.suppress(FloatingPointError):
-                    images = make_batch(job, args, images.to(device), classes.to(device), memory,
-                                        copy.deepcopy(rng)).cpu()
-                    break
+        if args.iterations and (b == done or b % len(chunks) == 0):        # the real side is constant within a round
+            job.matching = spectral.matching(job.real, job.pairs_of(k), args.signal, args.centred)
+        for job.every in (100, 1):                         # once more, to see which iteration, term and layer it was
+            with contextlib.suppress(FloatingPointError):
+                rng = np.random.default_rng([args.seed, b])            # depends on nothing before this batch
+                images = job.start(job, k, classes, rng)
+                if args.iterations:
+                    images = make_batch(job, args, images.to(device), classes.to(device), memory, rng).cpu()
+                break
         store(job.folder, memory, images, before + time.time() - start)
     return memory["seconds"]
 
@@ -219,7 +211,7 @@ def finish(folder, config, teacher, args, seconds):
         images=images, labels=torch.arange(K).repeat(args.ipc), **about, inputs=config["inputs"],
         settings=squeeze.settings(args, ("data", "teacher"))))
     shown = images.unflatten(0, (args.ipc, K))[:10, :20].transpose(0, 1)
-    save_image(make_grid(shown.flatten(0, 1).float() / 255, nrow=shown.shape[1], padding=1), folder / "preview.png")
+    save_image(shown.flatten(0, 1) / 255, folder / "preview.png", nrow=shown.shape[1], padding=1)
     squeeze.finish_run(folder, config, ["images.pt"], seconds=seconds, image_bytes=images.numel())
 
 # ---- The stage -------------------------------------------------------------------------------------------------------
@@ -231,8 +223,8 @@ def cfm_pairs(k, args):
         alpha = spectral.alpha_schedule(k, args.ipc, args.alpha_max, args.schedule)
     else:
         alpha = args.alpha_max / 100 if args.filter == "high" else None
-    filter_pair, signal_pair = spectral.cfm_pairs(alpha)
-    return {"filter": [filter_pair], "signal": [signal_pair], "both": [filter_pair, signal_pair]}[args.loss]
+    pairs = spectral.cfm_pairs(alpha)
+    return {"filter": pairs[:1], "signal": pairs[1:], "both": pairs}[args.loss]
 
 def add_flags(parser):
     """The flags that recover.py and baselines.py share."""
@@ -295,8 +287,7 @@ def choose_teacher(args):
         made = squeeze.read_config(args.teacher, "squeeze", True)["settings"]
         for flag in ("dataset", "network"):
             if getattr(args, flag) not in (None, made[flag]):
-                raise BadInput(f"--{flag} {getattr(args, flag)}: --teacher {args.teacher} is of {made[flag]}: "
-                               "leave one out")
+                raise BadInput(f"--{flag} {getattr(args, flag)}: --teacher is of {made[flag]}: leave one out")
             setattr(args, flag, made[flag])
         return Path(args.teacher), []
     args.dataset = args.dataset or "toy"
@@ -312,7 +303,7 @@ def load_job(data, parent, args):
     device = squeeze.pick_device()
     network, teacher, config = squeeze.load_teacher(parent, device)
     squeeze.check_data(data, teacher, config)
-    found = squeeze.load(parent, "statistics.pt", config)
+    found = squeeze.load_state(squeeze.checked(parent, "statistics.pt", config))
     last = lambda name, module: name == found["head"]
     real = {name: spectral.Statistics(**layer).to(device) for name, layer in found["layers"].items()
             if last(name, None) == (args.layers == "last")}

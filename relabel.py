@@ -9,8 +9,7 @@ A view (crop box, flip, CutMix partner and patch) is a pure function of (seed, e
 the pixels that the teacher saw, whatever its batch size, order or device, so that nothing but the labels has to be
 stored. Writes RUN/labels/, or RUN/labels-<teacher>/: soft_labels.npy (float16 logits [E, N, K]), config.json and
 log.jsonl. Where full labels are too large (ImageNet at IPC 50: 28 GB for 0.75 GB of images), --keep-epochs stores fewer
-epochs and --top-k fewer logits.
-"""
+epochs and --top-k fewer logits."""
 import contextlib
 import hashlib
 import json
@@ -64,11 +63,9 @@ def render(images, views, index):
 
 @torch.no_grad()
 def soft_labels(network, teacher, images, views, batch):
-    """The teacher's logits for one epoch's views of all images, in order: yields float32 [B, K] on the device."""
-    for index in torch.arange(len(images), device=images.device).split(batch):
-        with squeeze.autocast(network):
-            logits = network(squeeze.normalise(render(images, views, index), teacher["mean"], teacher["std"]))
-        yield logits.float()
+    """The teacher's logits for one epoch's views of all images, in order: float32 [N, K] on the device."""
+    parts = (render(images, views, index) for index in torch.arange(len(images), device=images.device).split(batch))
+    return torch.cat([squeeze.forward(network, squeeze.normalise(x, teacher["mean"], teacher["std"])) for x in parts])
 
 # ---- Labels on disk, an epoch at a time, so that memory does not grow with the epochs --------------------------------
 
@@ -115,8 +112,7 @@ def check_labels(folder, settings, N, K):
         if (found.shape, found.dtype) == (shape_of(settings, N, K), np.float16) and all(
                 np.isfinite(e).all() and ((0 <= e[:, first:]) & (e[:, first:] < K)).all() for e in found):
             return
-    raise BadInput(f"{path}: not finite labels {list(shape_of(settings, N, K))} of {K} classes: remove {folder} and "
-                   "relabel")
+    raise BadInput(f"{path}: not finite labels {shape_of(settings, N, K)} of {K} classes: remove {folder} and relabel")
 
 def epochs_done(path):
     """How many epochs a killed run left whole: those whose stored bytes have the CRC that log.jsonl tells."""
@@ -135,8 +131,7 @@ def write(path, shape, label, args):
         logits = label(epoch)
         data = (compress(logits, args.top_k) if args.top_k else logits).cpu().numpy().astype(np.float16).tobytes()
         with squeeze.writing(temporary, "r+b" if epoch else "wb") as file:     # mapped, a full disk would be a crash
-            np.lib.format.write_array_header_1_0(
-                file, dict(descr=np.dtype(np.float16).str, fortran_order=False, shape=shape))
+            np.lib.format.write_array_header_1_0(file, dict(descr="<f2", fortran_order=False, shape=shape))
             if not epoch:
                 file.truncate(file.tell() + shape[0] * len(data))
             file.seek(epoch * len(data), 1)
@@ -156,7 +151,7 @@ def load_run(run):
     teacher = squeeze.read_config(parent, "squeeze")
     if teacher["artefacts"]["teacher.pt"] != config["inputs"]["teacher.pt"]:
         raise BadInput(f"{run}: made with another teacher than the one in {parent}: recover again")
-    content, size = squeeze.load(run, "images.pt", config), teacher["settings"]["size"]
+    content, size = squeeze.load_state(squeeze.checked(run, "images.pt", config)), teacher["settings"]["size"]
     if not fits(content, size):
         raise BadInput(f"{run}/images.pt: not uint8 images [N, 3, {size}, {size}] with labels, class names, mean and "
                        "std, as recover.py writes them: make it again")
@@ -176,25 +171,22 @@ def fits(content, size):
 
 def import_images(parent, source, resume):
     """Make a run folder inside the squeeze run `parent` out of an image folder source/<class>/*: returns its path.
-    Classes are matched by name. Images are ordered by position in their class, then by class, as recover.py has
-    them."""
+    Classes are matched by name. Images are ordered by position in their class, then by class, as recover.py's."""
     parent, source = Path(parent), Path(source)
     config = squeeze.read_config(parent, "squeeze")
-    teacher = squeeze.load(parent, "teacher.pt", config)
+    teacher = squeeze.load_state(squeeze.checked(parent, "teacher.pt", config))
     present, pairs = squeeze.class_folders(source), zip(teacher["classes"], squeeze.folder_names(teacher["classes"]))
     folders = [name if name in present and folder not in present else folder for name, folder in pairs]
     if strange := sorted(set(present) - set(folders)):
         raise BadInput(f"--images {source}: class {strange[0]!r} is none of the teacher's in {parent}")
     paths, labels = squeeze.image_files(source, folders)
-    counts = labels.unique_consecutive(return_counts=True)[1]                  # paths go class by class, by name
-    position = torch.cat([torch.arange(n) for n in counts])                    # in its class
+    position = torch.cat([torch.arange(n) for n in labels.unique_consecutive(return_counts=True)[1]])  # in its class
     order = np.lexsort((labels, position))
     paths, labels, size = [paths[i] for i in order], labels[order], teacher["size"]
     tensors = [image.clone() for image, _ in squeeze.stream(squeeze.Split(paths, labels), T.PILToTensor(), 1)]
     for image, path in zip(tensors, paths):
         if image.shape[2:] != (size, size):
-            raise BadInput(f"{path}: {tuple(image.shape[2:])} pixels found, the teacher takes {size} squared: mend or "
-                           "remove it")
+            raise BadInput(f"{path}: {tuple(image.shape[2:])} pixels found, the teacher takes {size} squared: mend it")
     images, folder = torch.cat(tensors), parent / source.resolve().name
     digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
     inputs = {"data": config["inputs"]["data"], "images": digest, **config["artefacts"]}
@@ -216,7 +208,7 @@ def parse(argv):
     add("--teacher", metavar="DIR", help="the squeeze run that labels (default: the one whose spectra were matched)")
     add = parser.add_argument_group("how").add_argument
     add("--epochs", type=number(int, 1), help="epochs of students to make labels for (CIFAR 1000, toy 60, else 300)")
-    add("--scale", type=number(float, 0, strict=True), help="smallest crop, share of the area (CIFAR, toy 0.08; 0.5)")
+    add("--scale", type=number(float, 0, 1, strict=True), help="smallest crop, share of area (CIFAR, toy 0.08; 0.5)")
     add("--keep-epochs", type=number(int, 1), metavar="E", help="store E epochs, students cycle through them")
     add("--top-k", type=number(int, 1), metavar="K", help="store the K largest logits, the rest share what is left")
     add("--batch", type=number(int, 1), default=500, help="images a forward pass (default 500)")
@@ -228,18 +220,16 @@ def resolve(args):
     config = squeeze.read_config(args.run, "squeeze" if args.images else "recover")
     squeeze.fill(args, squeeze.PRESETS[config["settings"]["dataset"]]["relabel"])
     squeeze.fill(args, {"keep_epochs": args.epochs})
-    for flag, found, most, what in (("scale", args.scale, 1, "1"),
-                                    ("keep-epochs", args.keep_epochs, args.epochs, f"--epochs {args.epochs}")):
-        if found > most:
-            raise BadInput(f"--{flag} {found} found, must be at most {what}")
+    if args.keep_epochs > args.epochs:
+        raise BadInput(f"--keep-epochs {args.keep_epochs} found, must be at most --epochs {args.epochs}")
     return args
 
 def main(argv):
     args, device = resolve(parse(argv)), squeeze.pick_device()
     squeeze.show(args)
     run = import_images(args.run, args.images, args.resume) if args.images else args.run
-    content, run_config, _ = load_run(run)
-    parent, teacher_config = labeller(run, run_config, args.teacher)
+    content, config, _ = load_run(run)
+    parent, labelling = labeller(run, config, args.teacher)
     N, K, S = len(content["images"]), len(content["classes"]), content["images"].shape[-1]
     if args.top_k and not args.top_k <= K <= 2048:         # float16 holds whole numbers so far
         raise BadInput(f"--top-k {args.top_k} found, must be at most the {K} classes, and they 2048: use --keep-epochs")
@@ -250,13 +240,11 @@ def main(argv):
                        "use --keep-epochs or --top-k, or eval.py --online")
     network, teacher, _ = squeeze.load_teacher(parent, device)
     images = content["images"].to(device)
-
     def label(epoch):
         views = draw_views(args.seed, epoch, N, S, args.scale).to(device)
-        return torch.cat(list(soft_labels(network, teacher, images, views, args.batch)))
+        return soft_labels(network, teacher, images, views, args.batch)
     settings = {**squeeze.settings(args, ("run", "images", "teacher")), "precision": teacher["precision"]}
-    inputs = {"images.pt": run_config["artefacts"]["images.pt"],
-              "teacher.pt": teacher_config["artefacts"]["teacher.pt"]}
+    inputs = {name: made["artefacts"][name] for name, made in (("images.pt", config), ("teacher.pt", labelling))}
     config = squeeze.open_run(path.parent, "relabel", settings, inputs, args.resume)
     if not config["artefacts"]:
         print(f"{path}: logits {list(shape)}, {size / 1e6:.2f} MB; images are {images.numel() / 1e6:.2f} MB")

@@ -25,8 +25,7 @@ All of it, from a loader to the gradient of some images:
     ...     logits = network(images)
     ...     loss(layers).backward()
     >>> images.grad.shape
-    torch.Size([5, 3, 9, 9])
-"""
+    torch.Size([5, 3, 9, 9])"""
 from __future__ import annotations
 
 import math
@@ -69,12 +68,10 @@ def collect_inputs(network: nn.Module, select: Callable = is_main_convolution, t
     >>> features["0"].shape
     torch.Size([2, 3, 9, 9])"""
     layers, owner, grad = {}, threading.get_ident(), []
-
     def begin(module, args):
         if threading.get_ident() == owner:
             layers.clear()
             grad[:] = [torch.is_grad_enabled()]
-
     def hook(name, module, args, kwargs, output=None):
         again = torch._C._current_graph_task_id() != -1    # a checkpoint in backward: it must save the same tensors
         if threading.get_ident() != owner and not again:
@@ -209,9 +206,8 @@ def real_statistics(network: nn.Module, batches: Iterable, K: int, select: Calla
         raise ValueError("batches: none found")
     return layers
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Filters f(FFC) = U f(Lambda) U^T: functions of the eigenvalues. Where f(FFC) can be had without eigenvalues, f carries
-# that shortcut as f.matrix. identity: f = 1, all-pass (DM); low_pass: f = lambda (SRe2L, DC, CovM).
+# ---- Filters f(FFC) = U f(Lambda) U^T: functions of the eigenvalues. Where it can be had without them, f has that
+# shortcut as f.matrix. identity: f = 1, all-pass (DM); low_pass: f = lambda (SRe2L, DC, CovM).
 
 identity, low_pass = (lambda lam: torch.ones_like(lam)), (lambda lam: lam)
 identity.matrix = lambda psi: torch.eye(psi.shape[-1], dtype=psi.dtype, device=psi.device).expand_as(psi)
@@ -376,7 +372,6 @@ def matching(real: dict, pairs: list | Callable, signal: str = "mean", centred: 
         targets.append(filtered([real[name] for name in names], pairs, signal, centred))
         norm = max(torch.linalg.matrix_norm(real[name].ffc).item() for name in names) + 1e-300
         sharpest = min([sharpest, *(getattr(f, "alpha", math.inf) / norm for _, *both in targets[-1][0] for f in both)])
-
     def loss(layers, memory=None, step=None):
         if layers.keys() != real.keys():
             raise ValueError(f"layers: {sorted(layers)} found, the real side has {sorted(real)}")

@@ -7,8 +7,7 @@ layer) in one pass.
 Writes runs/<dataset>-<network>/, with what is not the default in its name (...-epochs16), so that teachers live side by
 side: teacher.pt, statistics.pt, config.json, log.jsonl. The network's precision is the teacher's property: all later
 stages take it from there. The stage is at the end. Before it stands what all stages share, and each part needs only
-those above it: presets, errors and flags, data sets and views, networks, run folders.
-"""
+those above it: presets, errors and flags, data sets and views, networks, run folders."""
 import argparse
 import contextlib
 import ctypes
@@ -40,10 +39,8 @@ from torchvision.datasets.utils import download_and_extract_archive
 
 import spectral
 
-try:
+with contextlib.suppress(ImportError):                     # Windows
     import fcntl
-except ImportError:                                        # Windows
-    fcntl = None
 
 # One row a data set: what it is, then each stage's settings (paper, Tables 9-12, and the authors' code for views,
 # labels and students; toy is ours). `ours`: what did better than the paper's where it was measured (README); `early`:
@@ -86,12 +83,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise BadInput(f"{message} (see --help)")
 
-def number(kind, low, strict=False):
-    """An argparse type: an int or float that is >= low (> low if strict)."""
+def number(kind, low, high=2**63 - 1, strict=False):
+    """An argparse type: an int or float that is >= low (> low if strict) and <= high."""
     def parse(text):
         value = kind(text)
-        if not low <= value < 2**63 or (strict and value == low):                     # NaN is neither
-            raise argparse.ArgumentTypeError(f"{text} found, must be {'>' if strict else '>='} {low} and below 2^63")
+        if not low <= value <= high or (strict and value == low):                     # NaN is neither
+            raise argparse.ArgumentTypeError(f"{text} found, must be {'>' if strict else '>='} {low} and <= {high}")
         return value
     parse.__name__ = kind.__name__                         # argparse names it for what is no number
     return parse
@@ -134,7 +131,6 @@ class Split(NamedTuple):
     labels: torch.Tensor    # int64 [n]
 
 class Data(NamedTuple):
-    name: str
     classes: list           # K class names; a label is an index into this list, in every stage
     size: int               # S, pixels
     train: Split
@@ -240,8 +236,8 @@ def load_tiny(root, size, classes):
     """Tiny-ImageNet-200 as in the original zip, or a copy of it with fewer classes."""
     folder = Path(root) / "tiny-imagenet-200"
     if not folder.is_dir():
-        download("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de", root,
-                 folder.name)
+        url = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+        download(url, "90528d7ca1a48142e341f4ef8d21d0de", root, folder.name)
     names, annotations = class_folders(folder / "train"), folder / "val" / "val_annotations.txt"
     lines = annotations.read_text(errors="replace").splitlines() if annotations.is_file() else []
     rows = [line.split("\t")[:2] for line in lines if "\t" in line]
@@ -272,8 +268,7 @@ def hold_out(train):
     return tuple(select(train, part.nonzero().flatten()) for part in (~held, held))
 
 def load_data(name, root, size=None, classes=None, validate=None):
-    """Load a data set by name. root: the folder it lies in (--data); validate: see hold_out. Raises BadInput for
-    whatever is wrong with it."""
+    """Load a data set by name. root: the folder it lies in (--data); validate: see hold_out. Or BadInput."""
     if not Path(root).is_dir() and (name in ("imagenet", "folder") or root != "data" and name != "toy"):
         wanted = "train/ and val/" if name in ("imagenet", "folder") else f"{name} in it, or an empty one to load it to"
         raise BadInput(f"--data {root}: no such folder: name one with {wanted}")
@@ -286,38 +281,27 @@ def load_data(name, root, size=None, classes=None, validate=None):
     else:                                                  # names and lengths: reading a million files takes an hour
         for path in train.images:
             digest.update(f"{os.path.relpath(path, root)} {os.path.getsize(path)}\n".encode())
-    return Data(name, names, size, train, test, digest.hexdigest())
+    return Data(names, size, train, test, digest.hexdigest())
 
-class Files(torch.utils.data.Dataset):
-    """Image files, decoded to RGB (grey and CMYK are converted). Random transforms are drawn from seed + position:
-    the same for any number of workers."""
-
-    def __init__(self, split, transform, seed=0):
-        self.split, self.transform, self.seed = split, transform, seed
-
-    def __len__(self):
-        return len(self.split.labels)
-
-    def __getitem__(self, i):
+def read(split, transform, seed, index):
+    """Image files, decoded to RGB. Random transforms are drawn from seed + position, for any number of workers."""
+    images = []
+    for i in index:
         try:
-            image = default_loader(self.split.images[i])
+            image = default_loader(split.images[i])
         except Exception:                                  # PIL has many
-            raise BadInput(f"{self.split.images[i]}: not a readable image: mend or remove it") from None
+            raise BadInput(f"{split.images[i]}: not a readable image: mend or remove it") from None
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed + i)
-            return self.transform(image), self.split.labels[i]
+            torch.manual_seed(seed + i)
+            images.append(transform(image))
+    return torch.stack(images), split.labels[index]
 
-def whole_image(size):
-    """The evaluation transform of files: short side to 8/7 S (256 for 224; S itself up to 64 px), centre, uint8."""
-    return T.Compose([T.Resize(size if size <= 64 else round(size * 8 / 7)), T.CenterCrop(size), T.PILToTensor()])
-
-def stream(split, transform, batch, seed=None):
-    """Batches of a split of files, shuffled if there is a seed: yields uint8 [B, 3, S, S], int64 [B]."""
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
+def stream(split, transform, batch, seed=0):
+    """Batches of a split of files, in order: yields uint8 [B, 3, S, S], int64 [B]."""
+    n, collate = len(split.labels), functools.partial(read, split, transform, seed)
     try:
         yield from torch.utils.data.DataLoader(
-            Files(split, transform, seed or 0), batch, shuffle=seed is not None, generator=generator,
-            num_workers=min(8, os.cpu_count()) if len(split.labels) > 1000 else 0)
+            range(n), batch, collate_fn=collate, num_workers=min(8, os.cpu_count()) if n > 1000 else 0)
     except BadInput as error:                              # a worker wraps it into its traceback
         raise BadInput(str(error).split("BadInput: ")[-1].strip()) from None
 
@@ -335,7 +319,8 @@ def batches(data, split, batch):
     """Every image of a split once, in order, under the evaluation transform: yields uint8 [B, 3, S, S], int64 [B]."""
     if torch.is_tensor(split.images):
         return zip(split.images.split(batch), split.labels.split(batch))
-    return stream(split, whole_image(data.size), batch)
+    side = data.size if data.size <= 64 else round(data.size * 8 / 7)      # of 224: 256
+    return stream(split, T.Compose([T.Resize(side), T.CenterCrop(data.size), T.PILToTensor()]), batch)
 
 def take(data, split, index):
     """Images of a split by position, under the evaluation transform: uint8 [len(index), 3, S, S]."""
@@ -383,11 +368,11 @@ def training_batches(data, batch, augment, rng):
     augment: "crop", S pixels out of S + 8, or "resized", torchvision's RandomResizedCrop; both with flips. In memory
     one batched call does it; files go through torchvision's transforms in the DataLoader's workers."""
     images, labels = data.train
+    order = torch.from_numpy(rng.permutation(len(labels)))
     if not torch.is_tensor(images):
         view = T.Compose([T.RandomResizedCrop(data.size), T.RandomHorizontalFlip(), T.PILToTensor()])
-        yield from stream(data.train, view, batch, int(rng.integers(2**31)))
+        yield from stream(select(data.train, order), view, batch, int(rng.integers(2**31)))
         return
-    order = torch.from_numpy(rng.permutation(len(labels)))
     padded = F.pad(images, (4, 4, 4, 4)) if augment == "crop" else None
     for index in order.split(batch):
         if augment == "crop":
@@ -401,28 +386,24 @@ def training_batches(data, batch, augment, rng):
 
 def convnet(classes, size, width=128):
     """ConvNet-128 of the distillation literature with BatchNorm: 3 blocks at 32 px, 4 at 64, 6 at 224."""
-    blocks, depth = [], max(1, round(math.log2(size)) - 2)
-    for i in range(depth):
-        blocks.append(nn.Sequential(nn.Conv2d(width if i else 3, width, 3, padding=1), nn.BatchNorm2d(width),
-                                    nn.ReLU(inplace=True), nn.AvgPool2d(2)))
+    depth = max(1, round(math.log2(size)) - 2)
+    blocks = [nn.Sequential(nn.Conv2d(width if i else 3, width, 3, padding=1), nn.BatchNorm2d(width),
+                            nn.ReLU(inplace=True), nn.AvgPool2d(2)) for i in range(depth)]
     return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(width * (size >> depth) ** 2, classes))
 
 def small_stem(network, name):
     """For 32 and 64 px: stems that keep every pixel, where torchvision's would leave hardly one."""
-    if name.startswith("resnet"):
-        network.conv1, network.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
-    elif name == "densenet121":
-        network.features.conv0, network.features.pool0 = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
-    elif name == "regnet_y_8gf":
-        network.stem[0] = nn.Conv2d(3, 32, 3, padding=1, bias=False)
-    else:                                                  # convnext_tiny's 4x4 patches
-        network.features[0][0] = nn.Conv2d(3, 96, 3, padding=1)
+    stem, pool, width = {"densenet121": ("features.conv0", "features.pool0", 64), "regnet_y_8gf": ("stem.0", "", 32),
+                         "convnext_tiny": ("features.0.0", "", 96)}.get(name, ("conv1", "maxpool", 64))
+    network.set_submodule(stem, nn.Conv2d(3, width, 3, padding=1, bias=name == "convnext_tiny"))
+    if pool:
+        network.set_submodule(pool, nn.Identity())
 
 TEACHERS = ["convnet", "resnet18", "resnet50", "resnet101"]
 STUDENTS = TEACHERS + ["densenet121", "regnet_y_8gf", "convnext_tiny"]
 
 def build_network(name, classes, size, precision="float32"):
-    """A network with random weights, channels last. classes: K. precision: what `autocast` runs it in."""
+    """A network with random weights, channels last. classes: K. precision: what `forward` runs it in."""
     network = convnet(classes, size) if name == "convnet" else getattr(torchvision.models, name)(num_classes=classes)
     if name != "convnet" and size <= 64:
         small_stem(network, name)
@@ -430,15 +411,14 @@ def build_network(name, classes, size, precision="float32"):
     return network.to(memory_format=torch.channels_last)
 
 def native_precision(device):
-    """bfloat16 on CUDA and on CPUs that multiply in it, where they say so (torch of 2026); elsewhere it is emulated,
-    slowly, so float32."""
+    """bfloat16 on CUDA and on CPUs that say they multiply in it; elsewhere it is emulated, slowly, so float32."""
     cpu = getattr(torch.cpu, "get_capabilities", dict)()
     return "bfloat16" if device.type == "cuda" or cpu.get("avx512_bf16", False) else "float32"
 
-def autocast(network):
-    """The context of every forward pass: the network's precision. Statistics and losses leave it (spectral.py)."""
-    device = next(network.parameters()).device.type
-    return torch.autocast(device, dtype=torch.bfloat16, enabled=network.precision == "bfloat16")
+def forward(network, x):
+    """network(x) in the network's precision, float32 or better out. Statistics leave it, losses come after."""
+    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=network.precision == "bfloat16"):
+        return spectral.single(network(x))
 
 @torch.no_grad()
 def accuracy(network, data, teacher, batch=500):
@@ -446,17 +426,15 @@ def accuracy(network, data, teacher, batch=500):
     network.eval()
     device, right = next(network.parameters()).device, 0
     for images, labels in batches(data, data.test, batch):
-        with autocast(network):
-            guess = network(normalise(images.to(device), teacher["mean"], teacher["std"])).argmax(1)
+        guess = forward(network, normalise(images.to(device), teacher["mean"], teacher["std"])).argmax(1)
         right += (guess == labels.to(device)).sum()
     return 100 * right.item() / len(data.test.labels)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Run folders: config.json (settings, versions, hashes), log.jsonl (a line an epoch or batch) and the artefacts.
-# Artefacts are written under a temporary name, flushed and renamed: if one exists, it is whole, even after a power cut.
+# ---- Run folders: config.json (settings, versions, hashes), log.jsonl (a line an epoch or batch) and artefacts. These
+# are written under a temporary name, flushed and renamed: if one exists, it is whole, even after a power cut.
 
 def sha256(path):
-    digest = hashlib.sha256()
+    digest = hashlib.sha256()                              # hashlib.file_digest asks for Python 3.11
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
@@ -486,7 +464,7 @@ def save(path, content):
         else:
             torch.save(content, file)
     os.replace(temporary, path)
-    if fcntl:                                              # the renaming, too, is to survive a power cut
+    if os.name == "posix":                                       # the renaming, too, is to survive a power cut
         handle = os.open(path.parent, os.O_RDONLY)
         os.fsync(handle), os.close(handle)
 
@@ -537,15 +515,11 @@ def checked(folder, name, config):
                        f"{config['stage']}.py again")
     return path
 
-def load(folder, name, config):
-    """A .pt artefact of a run folder, checked; on the CPU."""
-    return load_state(checked(folder, name, config))
-
 LOCKS = {}                                                 # inode: the handle, and so the lock, while the process lasts
 
 def lock(folder):
     """Refuse a folder that another process writes to. Windows and some network disks have no such locks: nothing."""
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, NameError):
         if (inode := os.stat(folder)[1:3]) not in LOCKS:   # and its device
             handle = os.open(folder, os.O_RDONLY)
             try:
@@ -600,8 +574,7 @@ def show(args):
     print("settings: " + " ".join(f"{key}={value}" for key, value in settings(args).items()))
 
 def changed(settings, defaults, hidden=()):
-    """["epochs16", "emupaper", ...]: every setting that is not the default. The names of folders and of rows are made
-    of these, so that no two runs share one."""
+    """["epochs16", "emupaper", ...]: what is not the default. Folders and rows are named so: no two runs share one."""
     return [key.replace("_", "-") + ("" if value is True else Path(str(value)).name) for key, value in settings.items()
             if key not in hidden and value != defaults[key]]
 
@@ -624,9 +597,8 @@ def train(network, data, teacher, args, folder):
         rng, start, total = np.random.default_rng([args.seed, epoch]), time.time(), torch.zeros((), device=device)
         network.train()
         for images, labels in training_batches(data, args.batch, args.augment, rng):
-            with autocast(network):
-                logits = network(normalise(images.to(device), teacher["mean"], teacher["std"]))
-                loss = F.cross_entropy(logits, labels.to(device))
+            logits = forward(network, normalise(images.to(device), teacher["mean"], teacher["std"]))
+            loss = F.cross_entropy(logits, labels.to(device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -643,26 +615,19 @@ def train(network, data, teacher, args, folder):
               f"{seconds * (args.epochs - epoch - 1) / 60:.1f} min left", flush=True)
     return accuracy(network, data, teacher) if score is None else score
 
-def head_name(network):
-    """The name of the last linear layer; its input is the H [B, C] of the theory."""
-    return [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
-
 def gather_statistics(network, data, teacher, batch):
     """One pass over the training set: {"layers": {name: Statistics of every convolution's and the last linear layer's
     input}, "head": that layer's name, "confidence" [n]: log-probability of each image's own class}."""
-    head, start, confidence, device = head_name(network), time.time(), [], next(network.parameters()).device
-
-    def forward(images, labels):
-        with autocast(network):
-            logits = network(normalise(images, teacher["mean"], teacher["std"])).double()   # float32 ties near log 1
+    head = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]     # its input: H
+    start, confidence, device = time.time(), [], next(network.parameters()).device
+    def ask(images, labels):
+        logits = forward(network, normalise(images, teacher["mean"], teacher["std"])).double()  # float32 has ties
         confidence.append(logits.log_softmax(1).gather(1, labels[:, None])[:, 0].cpu())
-
     loader = ((images.to(device), labels.to(device)) for images, labels in batches(data, data.train, batch))
     wanted = lambda name, module: name == head or spectral.is_main_convolution(name, module)
-    layers = spectral.real_statistics(network, loader, len(data.classes), wanted, forward=forward)
-    seconds = time.time() - start
-    print(f"statistics of {len(layers)} layers over {len(data.train.labels)} images: {seconds:.1f} s, "
-          f"{len(data.train.labels) / seconds:.0f} images/s", flush=True)
+    layers = spectral.real_statistics(network, loader, len(data.classes), wanted, forward=ask)
+    print(f"statistics of {len(layers)} layers over {len(data.train.labels)} images: {time.time() - start:.1f} s",
+          flush=True)
     return dict(layers={name: layer.to(torch.float32).to("cpu")._asdict() for name, layer in layers.items()}, head=head,
                 confidence=torch.cat(confidence))
 
@@ -689,7 +654,7 @@ def restore(teacher):
 def load_teacher(folder, device):
     """A finished squeeze run: (folded network, teacher.pt's dict, config)."""
     config = read_config(folder, "squeeze")
-    teacher = load(folder, "teacher.pt", config)
+    teacher = load_state(checked(folder, "teacher.pt", config))
     try:
         if teacher["network"] not in TEACHERS or teacher["precision"] not in ("float32", "bfloat16") or not (
                 {"mean", "std"} <= set(teacher)):
@@ -701,11 +666,9 @@ def load_teacher(folder, device):
 
 def check_data(data, teacher, config):
     """The data set must be the one the teacher was trained on, class by class and image by image."""
-    if data.classes != teacher["classes"]:
-        raise BadInput(f"--data: classes {data.classes[:3]}... found, the teacher's are {teacher['classes'][:3]}...: "
-                       "squeeze again")
-    if data.sha256 != config["inputs"]["data"]:
-        raise BadInput("--data: other training images than the teacher's (their sha256 differs): squeeze again")
+    if data.classes != teacher["classes"] or data.sha256 != config["inputs"]["data"]:
+        raise BadInput(f"--data: other training images than the teacher's (sha256) or classes, {data.classes[:3]}... "
+                       f"for {teacher['classes'][:3]}...: squeeze again")
 
 def given_weights(network, args, teacher):
     """Load --teacher FILE, or torchvision's ImageNet weights with --pretrained, instead of training. The file's mean
@@ -745,16 +708,13 @@ def parse(argv):
     add("--lr", type=number(float, 0, strict=True), help="rate of SGD with momentum 0.9 (toy 0.05, tiny 0.2, else 0.1)")
     add("--wd", type=number(float, 0), help="weight decay (5e-4; 1e-4 from 64 px on)")
     add("--batch", type=number(int, 2), help="images a step (toy 50, CIFAR 128, else 256)")
-    add("--precision", choices=["float32", "bfloat16"],
-        help="in all stages (default: bfloat16 where the device multiplies in it)")
+    add("--precision", choices=["float32", "bfloat16"], help="default: bfloat16 where the device multiplies in it")
     add("--keep", type=number(int, 1), nargs="+", metavar="E", help="keep the weights of these epochs, for --teacher")
     add("--seed", type=number(int, 0), default=0, help="default 0")
-    add("--validate", action="store_true",
-        help="hold out the last tenth of each class, to choose settings on")
+    add("--validate", action="store_true", help="hold out the last tenth of each class, to choose settings on")
     add = parser.add_argument_group("instead of training").add_argument
     add("--pretrained", action="store_true", help="imagenet only: torchvision's weights")
-    add("--teacher", metavar="FILE",
-        help="a state dict of --network, or a dict with it as state_dict\nand the mean and std it was trained with")
+    add("--teacher", metavar="FILE", help="a state dict of --network, or a dict of state_dict, mean and std")
     args = parser.parse_args(argv)
     for flag, only in (("size", "folder"), ("pretrained", "imagenet"), ("classes", "toy")):
         if getattr(args, flag) and args.dataset != only:
@@ -813,8 +773,7 @@ def main(argv):
         network = fold(restore(load_state(folder / "teacher.pt")).to(device))
         found = gather_statistics(network, data, teacher, args.batch)
         if not all(layer["ffc"].isfinite().all() for layer in found["layers"].values()):
-            raise BadInput(f"{folder}: the teacher's features are not finite: remove it; lower --lr or change "
-                           "--teacher")
+            raise BadInput(f"{folder}: the teacher's features are not finite: remove it, lower --lr or mend --teacher")
         save(folder / "statistics.pt", found)              # config.json says whose it is
         finish_run(folder, config, ["teacher.pt", "statistics.pt"])
     print(f"teacher: {config['results']['test']:.2f} % {'held-out' if args.validate else 'test'} accuracy, in "

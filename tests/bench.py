@@ -96,9 +96,7 @@ def our_steps(network, images, labels, real, T):
     view = recover.random_views(np.random.default_rng(0), T, len(images), images.shape[-1], images.device, 0.08)
     with spectral.collect_inputs(network, transform=spectral.moments) as layers:
         def losses(x):
-            with squeeze.autocast(network):
-                logits = network(x)
-            return F.cross_entropy(logits.float(), labels), matching(layers)
+            return F.cross_entropy(squeeze.forward(network, x), labels), matching(layers)
         recover.optimise(recover.to_uint8(images, HALF), losses, view,
                          squeeze.Namespace(iterations=T, lr=0.1, gamma=GAMMA),
                          squeeze.Namespace(teacher=HALF, every=100, report=lambda *report: None))
@@ -108,8 +106,7 @@ def bare_steps(network, images, labels, real, T):
     """The limit: the folded network forward and backward to the images, with cross-entropy alone and no views."""
     images = images.clone().requires_grad_()
     for _ in range(T):
-        with squeeze.autocast(network):
-            loss = F.cross_entropy(network(images).float(), labels)
+        loss = F.cross_entropy(squeeze.forward(network, images), labels)
         images.grad, = torch.autograd.grad(loss, images)
     loss.item()
 
@@ -130,8 +127,7 @@ def image_gradients(network, images, labels, real, memory, alpha):
     real = {name: layer.to(leaf.dtype) for name, layer in real.items()}
     matching = spectral.matching(real, spectral.cfm_pairs(alpha))
     with spectral.collect_inputs(network, transform=spectral.moments) as layers:
-        with squeeze.autocast(network):
-            logits = network(leaf)
+        logits = squeeze.forward(network, leaf)
         memory = {name: layer.to(leaf.dtype) for name, layer in memory.items()}
         losses = F.cross_entropy(logits.to(leaf.dtype), labels), matching(layers, memory)
     return [torch.autograd.grad(loss, leaf, retain_graph=True)[0].double().flatten() for loss in losses]
@@ -161,7 +157,7 @@ def parity(folder, precision):
     network.precision = precision or network.precision
     s, K = config["settings"], len(teacher["classes"])
     data = squeeze.load_data(s["dataset"], s["data"], s["size"], s["classes"], s["validate"])
-    found = squeeze.load(folder, "statistics.pt", config)
+    found = squeeze.load_state(squeeze.checked(folder, "statistics.pt", config))
     real = {name: spectral.Statistics(**layer).to(device) for name, layer in found["layers"].items()
             if name != found["head"]}
     index, labels = recover.starting_images(data, 100, found["confidence"]), torch.arange(K, device=device)
@@ -260,7 +256,7 @@ def stage_rows(repetitions, n=1000):
     """Statistics, relabel and eval in images/s for ConvNet-128 at 32 px, each beside the bare network's rate."""
     device = squeeze.pick_device()
     images, labels = squeeze.toy(n // 10, 10, 0)
-    data = squeeze.Data("toy", [str(i) for i in range(10)], 32, squeeze.Split(images, labels), None, "")
+    data = squeeze.Data([str(i) for i in range(10)], 32, squeeze.Split(images, labels), None, "")
     precision = squeeze.native_precision(device)
     build = lambda: squeeze.build_network("convnet", 10, 32, precision).to(device)
     network, teacher = squeeze.fold(build()), dict(mean=[0.5] * 3, std=[0.25] * 3)
@@ -275,17 +271,14 @@ def stage_rows(repetitions, n=1000):
     @torch.no_grad()
     def forward(size):
         for part in whole.split(size):
-            with squeeze.autocast(network):
-                network(squeeze.normalise(part, [0.5] * 3, [0.25] * 3))
+            squeeze.forward(network, squeeze.normalise(part, [0.5] * 3, [0.25] * 3))
 
     def train():
         for _ in range(10):
-            with squeeze.autocast(student):
-                loss = student(batch).float().square().mean()
-            loss.backward()
+            squeeze.forward(student, batch).square().mean().backward()
     jobs = {"statistics": (lambda: squeeze.gather_statistics(network, data, teacher, 128), n,
                            lambda: forward(128), n),
-            "relabel": (lambda: list(relabel.soft_labels(network, teacher, whole, views, 500)), n,
+            "relabel": (lambda: relabel.soft_labels(network, teacher, whole, views, 500), n,
                         lambda: forward(500), n),
             "eval": (lambda: evaluation.train_student(job, args, 0, Path("no checkpoint")), 500, train, 500)}
     rows = []
@@ -309,7 +302,7 @@ def growth(ipc, classes):
     of 20,000 toy images whatever IPC and classes are."""
     device = squeeze.pick_device()
     images, labels = squeeze.toy(20000 // classes, classes, 0)
-    data = squeeze.Data("toy", [str(c) for c in range(classes)], 32, squeeze.Split(images, labels), None, "")
+    data = squeeze.Data([str(c) for c in range(classes)], 32, squeeze.Split(images, labels), None, "")
     network = squeeze.fold(squeeze.build_network("convnet", classes, 32, squeeze.native_precision(device)).to(device))
     some = data._replace(train=squeeze.Split(images[::20], labels[::20]))
     found = squeeze.gather_statistics(network, some, HALF, 100)

@@ -98,7 +98,7 @@ def test_statistics_equal_numpy_on_images():
     images = real_images()
     network = squeeze.build_network("convnet", 10, 32).eval()
     labels = torch.arange(1000) % 10
-    data = squeeze.Data("x", [str(i) for i in range(10)], 32, squeeze.Split(images, labels), None, "")
+    data = squeeze.Data([str(i) for i in range(10)], 32, squeeze.Split(images, labels), None, "")
     with spectral.collect_inputs(network) as features, torch.no_grad():
         network(squeeze.normalise(images, [0.5] * 3, [0.25] * 3))
     expected = {}
@@ -415,7 +415,7 @@ def test_eval_resumes_to_the_same_student(here, monkeypatch):
     (["--alpha-max", "0"], ["--alpha-max", "> 0"]), (["--alpha-max", "-1"], ["--alpha-max"]),
                                           (["--alpha-max", "nan"], ["--alpha-max"]),
     (["--iterations", "-1"], ["--iterations"]), (["--lr", "0"], ["--lr"]), (["--no-such-flag"], ["--no-such-flag"]),
-    (["--seed", "99999999999999999999"], ["--seed", "below 2^63"]),
+    (["--seed", "99999999999999999999"], ["--seed", "<= 9223372036854775807"]),
     (["--filter", "low", "--alpha-max", "1"], ["--alpha-max", "--filter low"]),
     (["--filter", "high", "--schedule", "linear"], ["--schedule", "--filter high"]),
     (["--dataset", "cifar10", "--data", "nowhere"], ["--data nowhere", "no such folder"])])
