@@ -25,7 +25,7 @@ import torch
 from torchvision import transforms as T
 
 import squeeze
-from squeeze import BadInput, Namespace, number
+from squeeze import BadInput, number
 
 class Views(NamedTuple):
     """One random view of each of N images."""

@@ -22,7 +22,7 @@ import re
 import sys
 import time
 import zipfile
-from argparse import Namespace
+from argparse import Namespace                             # what the later stages carry jobs in
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
