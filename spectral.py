@@ -149,8 +149,8 @@ class _Covariance(torch.autograd.Function):
     def backward(ctx, G, g):
         X, mean = ctx.saved_tensors
         with full_precision(G):
-            A = (G + G.T) / len(X)
-            return torch.addmm(g / len(X) - A @ mean, single(X), A).to(X.dtype)
+            A, parts = (G + G.T) / len(X), X.split(max(4096, len(X) // 16))
+            return torch.cat([torch.addmm(g / len(X) - A @ mean, single(part), A).to(X.dtype) for part in parts])
 
 def moments(features: Tensor, labels: Tensor | None = None, layout: str | None = None) -> Statistics:
     """The Statistics of one batch, with gradient: Psi = X^T X / n - m m^T and m = X^T 1 / n (Eq. 15-16).

@@ -192,10 +192,12 @@ def check_agreement(case):
     found, = torch.autograd.grad(loss, leaf)
     errors = abs(loss - expected).item() / expected.item(), ((found - wanted).norm() / wanted.norm()).item()
     assert errors[0] < 1e-3 and errors[1] < 1e-2, f"{case}: loss off by {errors[0]:.1e}, gradient by {errors[1]:.1e}"
-    cosine = cosines(network, images[:10], labels[:10], real, {}, SMALLEST)
-    print(f"{case}: at alpha {SMALLEST:.1e} in {network.precision}, cosine {cosine[1]:.3f} (cross-entropy "
+    # with random weights some layers are so large that float32 does not resolve that alpha: then the least it does
+    alpha = max(SMALLEST, 1e-6 * max(torch.linalg.matrix_norm(layer.ffc).item() for layer in real.values()))
+    cosine = cosines(network, images[:10], labels[:10], real, {}, alpha)
+    print(f"{case}: at alpha {alpha:.1e} in {network.precision}, cosine {cosine[1]:.3f} (cross-entropy "
           f"{cosine[0]:.3f})")
-    assert cosine[1] > 0.8, f"{case}: at alpha {SMALLEST:.1e} the gradient's cosine with float64 is {cosine[1]:.3f}"
+    assert cosine[1] > 0.8, f"{case}: at alpha {alpha:.1e} the gradient's cosine with float64 is {cosine[1]:.3f}"
     return *errors, cosine[1]
 
 
@@ -229,13 +231,14 @@ def timed(function, *args):
     return time.perf_counter() - start
 
 
-def recover_rows(cases, repetitions, T):
+def recover_rows(cases, repetitions, steps):
     rows = []
     for case in cases:
         errors = check_agreement(case)
         runs = {variant: prepared(case, variant) for variant in VARIANTS}
         for function, args in runs.values():
             function(*args, 1)
+        T = steps or max(2, min(20, int(3 / timed(runs["reference"][0], *runs["reference"][1], 1))))
         seconds = [{variant: timed(function, *args, T) / T for variant, (function, args) in runs.items()}
                    for _ in range(repetitions)]
         speedup = [s["reference"] / s["ours"] for s in seconds]
@@ -335,7 +338,7 @@ def main():
     parser.add_argument("--cases", nargs="*", choices=list(CASES),
                         default=[case for case in CASES if case != ("resnet18-224-8" if cuda else "resnet18-224-500")])
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=20 if cuda else 2, help="steps a repetition")
+    parser.add_argument("--steps", type=int, help="steps a repetition (default: as many as fit in 3 s, 2 to 20)")
     parser.add_argument("--growth", action="store_true", help="only recover's growth; writes growth.json")
     parser.add_argument("--parity", metavar="DIR", help="only the table of cosines, of this squeeze run")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], help="--parity: instead of the teacher's")
