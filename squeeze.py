@@ -4,10 +4,9 @@ layer) in one pass.
     python squeeze.py                                                  toy, a minute or two on a CPU
     python squeeze.py --dataset cifar10 --network convnet --epochs 16  10 to 60 minutes there
 
-Writes runs/<dataset>-<network>/, with what is not the default in its name (...-epochs16), so that teachers live side by
-side: teacher.pt, statistics.pt, config.json, log.jsonl. The network's precision is the teacher's property: all later
-stages take it from there. The stage is at the end. Before it stands what all stages share, and each part needs only
-those above it: presets, errors and flags, data sets and views, networks, run folders."""
+Writes runs/<dataset>-<network>/, with what is not the default in its name (...-epochs16): teacher.pt, statistics.pt,
+config.json, log.jsonl. Later stages run the network in the teacher's precision. The stage is at the end. Before it
+stands what all stages share: presets, errors and flags, data sets and views, networks, run folders."""
 import argparse
 import contextlib
 import ctypes
@@ -43,10 +42,9 @@ with contextlib.suppress(ImportError):                     # Windows
     import fcntl
 
 # One row a data set: what it is, then each stage's settings (paper, Tables 9-12, and the authors' code for views,
-# labels and students; toy is ours). `ours`: what did better than the paper's where it was measured (README); `early`:
-# epochs of its teacher for one image a class (recover.choose_teacher). batch: (limit, small, large): up to `limit`
-# images, students take `small` a step, else `large`. Mean and deviation live here and in teacher.pt, nowhere else:
-# every stage normalises with the teacher's. A new data set is a row here and a function in LOADERS.
+# labels and students; toy is ours). `ours`: what did better where it was measured (README); `early`: epochs of its
+# teacher for one image a class; batch: (limit, small, large): up to `limit` images, students take `small` a step, else
+# `large`. Every stage normalises with the teacher's mean and std. A new data set: a row here, a function in LOADERS.
 RECOVER = dict(alpha_max=0.1, iterations=1000, lr=0.1, batch=200, gamma=0.1, init="real", emu="paper")
 SMALL = dict(epochs=100, lr=0.1, wd=5e-4, batch=128, schedule="cosine", augment="crop")
 LARGE = dict(epochs=90, lr=0.1, wd=1e-4, batch=256, schedule="cosine", augment="resized")
@@ -108,8 +106,8 @@ def script(main):
     sys.exit(f"{Path(sys.argv[0]).name}: {reason}")
 
 def keep_freed_memory():
-    """Ask glibc to keep freed blocks. By default every large activation is handed back to the kernel and faulted in
-    again, page by page, at each step: 40 % of a ConvNet training step on a CPU. Elsewhere than on Linux: nothing."""
+    """Ask glibc to keep freed blocks: handing each large activation back to the kernel, to be faulted in again page by
+    page at the next step, takes 40 % of a ConvNet training step on a CPU."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)                                # M_MMAP_MAX: no block comes from mmap
         libc.mallopt(-1, 2**31 - 1)                        # M_TRIM_THRESHOLD: the heap is never trimmed
@@ -138,10 +136,9 @@ class Data(NamedTuple):
     sha256: str             # of the training images and labels
 
 def toy(per_class, classes, seed, size=32):
-    """Draw toy images. Class k is a pair: colour layout k // 2 (low frequency) and stripe direction k % 2 (high). The
-    two classes of a pair have the same colours and differ in a texture of 4 pixels' period only, so whoever keeps just
-    the low frequencies has to guess between them. Layouts overlap too: each image bends its layout, shifts the phase
-    and strength of its stripes, and adds pixel noise. Returns uint8 [n, 3, S, S], int64 [n], class by class."""
+    """Toy images uint8 [n, 3, S, S] and labels int64 [n], class by class. Class k is a pair: colour layout k // 2 (low
+    frequency) and stripe direction k % 2 (high): whoever keeps just the low frequencies has to guess between two. Each
+    image bends its layout, shifts the phase and strength of its stripes, and adds pixel noise."""
     layouts = np.random.default_rng([1234, classes]).random(((classes + 1) // 2, 3, 3, 3), dtype=np.float32)
     rng, grid, images = np.random.default_rng([seed, classes]), torch.arange(size, dtype=torch.float32), []
     normal = lambda *shape: torch.from_numpy(rng.standard_normal((per_class, 3, *shape), dtype=np.float32))
@@ -158,18 +155,17 @@ def load_toy(root, size, classes):
     train, test = toy(max(60, 4000 // classes), classes, 0), toy(max(10, 1000 // classes), classes, 1)
     return Split(*train), Split(*test), [f"layout{k // 2}-{('rows', 'columns')[k % 2]}" for k in range(classes)]
 
-def download(url, md5, root, what):
-    """Fetch and unpack the archive that holds root/what."""
-    print(f"{root}/{what} is missing: downloading {url}")
+def download(url, md5, root):
+    """Fetch and unpack a data set's archive."""
+    print(f"--data {root}: incomplete, so downloading {url}")
     try:
         download_and_extract_archive(url, root, md5=md5)
     except Exception as error:                             # urllib's and tarfile's have no common ancestor
-        raise BadInput(f"--data {root}: {what} is missing and cannot be downloaded ({type(error).__name__}): unpack "
-                       f"{url.split('/')[-1]} there") from error
+        raise BadInput(f"--data {root}: {url} cannot be downloaded, {type(error).__name__}: unpack it there") from error
 
 class Plain(pickle.Unpickler):
-    """Reads the pickles of CIFAR, anybody's copy: arrays, numbers, strings, lists and dicts. What a pickle names by one
-    of these names is ours, all else is refused: it runs no code and gets no memory that its own bytes do not fill."""
+    """Reads the pickles of CIFAR, anybody's copy. Whatever it calls by one of these names is ours, all else is refused:
+    no code of it runs, and it gets no memory that its own bytes do not fill."""
     names = {"_reconstruct": lambda *claims: np.empty(0, np.uint8), "ndarray": None,
              "dtype": lambda code, *rest: np.dtype({code: code for code in ("u1", "i4", "i8")}[code]),
              "scalar": lambda dtype, raw: np.frombuffer(raw, dtype)[0], "encode": lambda text, _: text.encode("latin1"),
@@ -180,26 +176,23 @@ class Plain(pickle.Unpickler):
 
 def load_cifar(kind, root):
     """(train, test, classes), every file checked. kind: torchvision's class, which knows names and checksums."""
-    folder, key, parts, classes = Path(root) / kind.base_folder, kind.meta["key"], [], []
+    folder, key, parts = Path(root) / kind.base_folder, kind.meta["key"], []
     names = [kind.meta["filename"], *(name for name, _ in kind.train_list + kind.test_list)]
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        download(kind.url, kind.tgz_md5, root, f"{kind.base_folder}/{missing[0]}")
+    if not all((folder / name).is_file() for name in names):
+        download(kind.url, kind.tgz_md5, root)
     for name in names:
-        n = 50000 if name == "train" else 10000
         try:
             content = Plain(io.BytesIO((folder / name).read_bytes()), encoding="latin1").load()
             if name == names[0]:
                 classes = [str(word) for word in content[key]]
                 continue
-            images, labels = content["data"], np.array(content[key.replace("label_names", "labels")], np.int64)
-            if (images.dtype, images.shape, labels.shape) != (np.uint8, (n, 3072), (n,)) or not (
-                    0 <= labels.min() <= labels.max() < len(classes)):
-                raise ValueError(f"{images.dtype} {images.shape} with labels {labels.shape} to {labels.max()}")
+            labels = torch.tensor(content[key.replace("label_names", "labels")])
+            images = torch.from_numpy(content["data"].astype(np.uint8, casting="no").reshape(len(labels), 3, 32, 32))
+            F.one_hot(labels, len(classes))                # refuses what is no class
+            parts.append(Split(images, labels))
         except Exception as error:                         # what pickle raises has no common ancestor
-            raise BadInput(f"--data {folder / name}: a truncated, damaged or hostile file found ({error}), expected "
-                           f"{n} images of {len(classes)} classes, or their names: remove it") from error
-        parts.append((torch.from_numpy(images).view(n, 3, 32, 32), torch.from_numpy(labels)))
-    return Split(*map(torch.cat, zip(*parts[:-1]))), Split(*parts[-1]), classes
+            raise BadInput(f"--data {folder / name}: truncated, damaged or hostile ({error}): remove it") from error
+    return Split(*map(torch.cat, zip(*parts[:-1]))), parts[-1], classes
 
 def class_folders(root):
     return sorted(entry.name for entry in Path(root).glob("*") if entry.is_dir())
@@ -214,8 +207,8 @@ def image_files(root, names):
     return Split(paths, labels)
 
 def folder_names(classes):
-    """What an export calls the folders of classes: their names, quoted as in a URL, and %XX for every byte of one that
-    could lead out of the export, that Windows reserves, or that differs from another in upper case only."""
+    """What an export calls the folders of classes: their names, quoted as in a URL, or %XX for every byte where one
+    could lead out of the export, is reserved by Windows, or differs from another in upper case only."""
     plain = re.compile(r"(?!(con|prn|aux|nul|com\d|lpt\d)(\.|$))[\w%-]([\w .%-]*[\w%-])?", re.ASCII | re.IGNORECASE)
     names, lower = [name.encode("utf8", "surrogatepass") for name in classes], [name.lower() for name in classes]
     return [quote(name, safe=" ") if plain.fullmatch(quote(name, safe=" ")) and lower.count(key) == 1 else
@@ -224,20 +217,17 @@ def folder_names(classes):
 def load_folder(root, size, classes):
     """Any train/ + val/ of class folders: ImageNet as torchvision has it, or the user's own images."""
     train, val = (class_folders(Path(root) / part) for part in ("train", "val"))
-    if not (train and val):
-        raise BadInput(f"--data {root}: expected {'val' if train else 'train'}/<class>/<image>, found no class folders")
-    if strange := sorted(set(val) - set(train)):
-        raise BadInput(f"--data {root}: class {strange[0]!r} is in val/ and not in train/: remove or complete it")
-    test = image_files(Path(root) / "val", val)
-    position = torch.tensor([train.index(name) for name in val])
+    if not val or (strange := sorted(set(val) - set(train))):
+        found = f"class {strange[0]!r} of val/ is not in train/" if val else "no class folders in val/"
+        raise BadInput(f"--data {root}: expected train/<class>/<image> and val/<class>/<image>, {found}: complete it")
+    test, position = image_files(Path(root) / "val", val), torch.tensor([train.index(name) for name in val])
     return image_files(Path(root) / "train", train), test._replace(labels=position[test.labels]), train
 
 def load_tiny(root, size, classes):
     """Tiny-ImageNet-200 as in the original zip, or a copy of it with fewer classes."""
     folder = Path(root) / "tiny-imagenet-200"
     if not folder.is_dir():
-        url = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
-        download(url, "90528d7ca1a48142e341f4ef8d21d0de", root, folder.name)
+        download("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de", root)
     names, annotations = class_folders(folder / "train"), folder / "val" / "val_annotations.txt"
     lines = annotations.read_text(errors="replace").splitlines() if annotations.is_file() else []
     rows = [line.split("\t")[:2] for line in lines if "\t" in line]
@@ -259,8 +249,7 @@ def select(split, index):
     return Split(images, split.labels[index])
 
 def hold_out(train):
-    """(rest, held): the last 10 % of the training images of every class, by position, become the test split, so that
-    settings can be chosen without a look at the real one."""
+    """(rest, held): the last 10 % of every class's training images, to choose settings on instead of the test set."""
     held = torch.zeros(len(train.labels), dtype=torch.bool)
     for c in train.labels.unique():
         own = (train.labels == c).nonzero().flatten()
@@ -329,14 +318,13 @@ def take(data, split, index):
 def in_memory(data, split, device):
     """The split as one uint8 tensor on the device, if it is small pictures (Tiny-ImageNet: 1.2 GB); larger ones stay
     files, so that training can crop the originals."""
-    if not torch.is_tensor(split.images) and data.size > 64:
-        return split
-    return split._replace(images=torch.cat([images for images, _ in batches(data, split, 500)]).to(device))
+    small = torch.is_tensor(split.images) or data.size <= 64
+    return split._replace(images=take(data, split, torch.arange(len(split.labels))).to(device)) if small else split
 
 def crop_boxes(uniform, scale, ratio=(3 / 4, 4 / 3)):
     """Random resized crops from uniform numbers [n, 4]: centre x and y, width, height [n, 4], in fractions of a side.
     Area uniform in `scale`, log aspect ratio uniform in log `ratio`, as torchvision's RandomResizedCrop; a side that
-    does not fit is cut to the image where torchvision would draw again. Drawn with NumPy, the same on every device."""
+    does not fit is cut to the image where torchvision would draw again."""
     area, shape, x, y = uniform.astype(np.float64).T
     area, shape = scale[0] + (scale[1] - scale[0]) * area, ratio[0] * (ratio[1] / ratio[0]) ** shape
     w, h = np.minimum(np.sqrt(area * shape), 1), np.minimum(np.sqrt(area / shape), 1)
@@ -365,8 +353,7 @@ def shifted(padded, index, rng, size):
 
 def training_batches(data, batch, augment, rng):
     """One epoch of the training set, shuffled and augmented: yields uint8 or float (0..255) [B, 3, S, S], int64 [B].
-    augment: "crop", S pixels out of S + 8, or "resized", torchvision's RandomResizedCrop; both with flips. In memory
-    one batched call does it; files go through torchvision's transforms in the DataLoader's workers."""
+    augment: "crop", S pixels out of S + 8, or "resized", torchvision's RandomResizedCrop; both with flips."""
     images, labels = data.train
     order = torch.from_numpy(rng.permutation(len(labels)))
     if not torch.is_tensor(images):
@@ -404,6 +391,8 @@ STUDENTS = TEACHERS + ["densenet121", "regnet_y_8gf", "convnext_tiny"]
 
 def build_network(name, classes, size, precision="float32"):
     """A network with random weights, channels last. classes: K. precision: what `forward` runs it in."""
+    if name not in STUDENTS or precision not in ("float32", "bfloat16"):
+        raise ValueError(f"a {precision} {name}")
     network = convnet(classes, size) if name == "convnet" else getattr(torchvision.models, name)(num_classes=classes)
     if name != "convnet" and size <= 64:
         small_stem(network, name)
@@ -434,11 +423,8 @@ def accuracy(network, data, teacher, batch=500):
 # are written under a temporary name, flushed and renamed: if one exists, it is whole, even after a power cut.
 
 def sha256(path):
-    digest = hashlib.sha256()                              # hashlib.file_digest asks for Python 3.11
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 @contextlib.contextmanager
 def writing(path, mode):
@@ -449,7 +435,7 @@ def writing(path, mode):
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:               # torch.save makes a RuntimeError of a full disk
-        why = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None) or "disk full?"
+        why = getattr(error.__context__ or error, "strerror", error)
         raise BadInput(f"{path}: cannot be written ({why}): mend that, then go on with --resume") from error
 
 def json_hash(content):
@@ -480,8 +466,8 @@ def read_json(path):
         raise BadInput(f"{path}: damaged: remove {what} and make it again") from None
 
 def load_state(path):
-    """The tensors and plain containers of a .pt, on the CPU. BadInput if it holds anything else, if a byte is not as
-    written (torch reads without checking the CRCs), or if it would unpack to more than its own size."""
+    """The tensors and plain containers of a .pt, on the CPU. BadInput if it holds anything else, a byte is not as
+    written (torch does not check the CRCs), or it would unpack to more than its own size."""
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(part.file_size for part in archive.infolist()) > path.stat().st_size or archive.testzip():
@@ -497,11 +483,10 @@ def log(folder, **entry):
 def read_config(folder, stage, unfinished=False):
     """config.json of a run of `stage`; of a finished one, unless `unfinished` ones will do."""
     config = read_json(Path(folder) / "config.json")
-    if config.get("stage") != stage:
-        found = f"a run of {config['stage']}.py" if "stage" in config else "no config.json"
+    whole = all(isinstance(config.get(part), dict) for part in ("settings", "inputs", "artefacts", "results"))
+    if config.get("stage") != stage or not whole:
+        found = "no config.json" if not config else f"a {'' if whole else 'broken '}run of {config.get('stage')}.py"
         raise BadInput(f"{folder}: {found} found, expected a run of {stage}.py: check the path")
-    if not all(isinstance(config.get(part), dict) for part in ("settings", "inputs", "artefacts", "results")):
-        raise BadInput(f"{folder}: config.json is incomplete: remove {folder} and run {stage}.py again")
     if not config["artefacts"] and not unfinished:
         raise BadInput(f"{folder}: unfinished: run {stage}.py again with --resume")
     return config
@@ -511,8 +496,7 @@ def checked(folder, name, config):
     path, recorded = Path(folder) / name, str(config["artefacts"].get(name))
     found = sha256(path) if path.is_file() else "missing"
     if found != recorded:
-        raise BadInput(f"{path}: corrupted ({found[:12]}, sha256 {recorded[:12]} recorded): remove {folder} and run "
-                       f"{config['stage']}.py again")
+        raise BadInput(f"{path}: corrupted ({found[:12]} for sha256 {recorded[:12]}): remove {folder}, make it again")
     return path
 
 LOCKS = {}                                                 # inode: the handle, and so the lock, while the process lasts
@@ -529,17 +513,15 @@ def lock(folder):
             LOCKS[inode] = handle
 
 def open_run(folder, stage, settings, inputs, resume):
-    """Start a run folder, or continue one where --resume was given: returns its config. settings: every resolved flag;
-    inputs: {what: sha256}. A folder made with other settings or inputs is refused, and so is a non-empty one without
-    --resume: nothing is overwritten silently. One process at a time (see lock)."""
+    """Start a run folder, or go on with one under --resume: returns its config. settings: every resolved flag; inputs:
+    {what: sha256}. Refused: a non-empty folder without --resume, other settings or inputs, a second process."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder)
     except OSError as error:
         raise BadInput(f"{folder}: this folder cannot be made ({error.strerror}): mend what is in its way") from error
     if all(entry.suffix == ".tmp" for entry in folder.iterdir()):          # new, or killed at this very point
-        versions = dict(python=sys.version.split()[0], torch=torch.__version__, torchvision=torchvision.__version__,
-                        numpy=np.__version__)
+        versions = {"python": sys.version.split()[0], **{m.__name__: m.__version__ for m in (torch, torchvision, np)}}
         config = dict(stage=stage, settings=settings, inputs=inputs, artefacts={}, results={}, versions=versions)
         save(folder / "config.json", config)
         return config
@@ -581,28 +563,25 @@ def changed(settings, defaults, hidden=()):
 # ---- The stage -------------------------------------------------------------------------------------------------------
 
 def train(network, data, teacher, args, folder):
-    """SGD with momentum; checkpoint.pt after each epoch, so a kill costs at most one. Returns the test accuracy."""
+    """SGD with momentum, the rate by step; checkpoint.pt after each epoch, so a kill costs at most one."""
     device, steps = next(network.parameters()).device, math.ceil(len(data.train.labels) / args.batch)
     optimizer = torch.optim.SGD(network.parameters(), args.lr, momentum=0.9, weight_decay=args.wd)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, (lambda k: (1 + math.cos(math.pi * k / (args.epochs * steps))) / 2) if args.schedule == "cosine" else
-        (lambda k: 0.1 ** (k // (30 * steps))))
-    parts, checkpoint = dict(network=network, optimizer=optimizer, scheduler=scheduler), folder / "checkpoint.pt"
-    state, score = load_state(checkpoint) if checkpoint.is_file() else dict(epoch=0), None
-    if state["epoch"]:
-        print(f"resuming at epoch {state['epoch']}")
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-    for epoch in range(state["epoch"], args.epochs):
+    decay = {"cosine": lambda step: (1 + math.cos(math.pi * step / (args.epochs * steps))) / 2,
+             "step": lambda step: 0.1 ** (step // (30 * steps))}[args.schedule]
+    parts, checkpoint = dict(network=network, optimizer=optimizer), folder / "checkpoint.pt"
+    state = load_state(checkpoint) if checkpoint.is_file() else {}
+    for name in state.keys() & parts.keys():
+        parts[name].load_state_dict(state[name])
+    for epoch in range(state.get("epoch", 0), args.epochs):
         rng, start, total = np.random.default_rng([args.seed, epoch]), time.time(), torch.zeros((), device=device)
         network.train()
-        for images, labels in training_batches(data, args.batch, args.augment, rng):
+        for step, (images, labels) in enumerate(training_batches(data, args.batch, args.augment, rng), epoch * steps):
+            optimizer.param_groups[0]["lr"] = args.lr * decay(step)
             logits = forward(network, normalise(images.to(device), teacher["mean"], teacher["std"]))
             loss = F.cross_entropy(logits, labels.to(device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            scheduler.step()
             total += loss.detach()
         if not math.isfinite(total.item()):
             raise BadInput(f"--lr {args.lr}: training diverged in epoch {epoch + 1}: remove {folder} and lower it")
@@ -613,7 +592,6 @@ def train(network, data, teacher, args, folder):
         log(folder, epoch=epoch + 1, loss=total.item() / steps, test=score, seconds=seconds)
         print(f"epoch {epoch + 1}/{args.epochs}  loss {total.item() / steps:.3f}  test {score:.2f} %  {seconds:.0f} s  "
               f"{seconds * (args.epochs - epoch - 1) / 60:.1f} min left", flush=True)
-    return accuracy(network, data, teacher) if score is None else score
 
 def gather_statistics(network, data, teacher, batch):
     """One pass over the training set: {"layers": {name: Statistics of every convolution's and the last linear layer's
@@ -632,9 +610,8 @@ def gather_statistics(network, data, teacher, batch):
                 confidence=torch.cat(confidence))
 
 def fold(network):
-    """The network in eval mode with every BatchNorm folded into the convolution before it, and no weight gradients. The
-    inputs of the convolutions, and so all statistics, stay what they are. Pairs are neighbours in order of definition,
-    which holds for ConvNet-128 and torchvision's ResNets."""
+    """The network in eval mode with every BatchNorm folded into the convolution before it (its neighbour in order of
+    definition), and no weight gradients. The inputs of the convolutions, and so all statistics, stay what they are."""
     network.eval().requires_grad_(False)
     for parent in list(network.modules()):
         children = list(parent.named_children())
@@ -649,6 +626,7 @@ def restore(teacher):
     """The network that a teacher.pt holds."""
     network = build_network(teacher["network"], len(teacher["classes"]), teacher["size"], teacher["precision"])
     network.load_state_dict(teacher["state_dict"])
+    normalise(torch.zeros(1, 3, 1, 1), teacher["mean"], teacher["std"])        # raises where they are none
     return network
 
 def load_teacher(folder, device):
@@ -656,41 +634,33 @@ def load_teacher(folder, device):
     config = read_config(folder, "squeeze")
     teacher = load_state(checked(folder, "teacher.pt", config))
     try:
-        if teacher["network"] not in TEACHERS or teacher["precision"] not in ("float32", "bfloat16") or not (
-                {"mean", "std"} <= set(teacher)):
-            raise KeyError
-        network = restore(teacher)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        return fold(restore(teacher).to(device)), teacher, config
+    except Exception as error:                             # a stranger's can hold anything
         raise BadInput(f"{folder}/teacher.pt: not as squeeze.py writes it today: squeeze again") from error
-    return fold(network.to(device)), teacher, config
 
 def check_data(data, teacher, config):
     """The data set must be the one the teacher was trained on, class by class and image by image."""
     if data.classes != teacher["classes"] or data.sha256 != config["inputs"]["data"]:
-        raise BadInput(f"--data: other training images than the teacher's (sha256) or classes, {data.classes[:3]}... "
-                       f"for {teacher['classes'][:3]}...: squeeze again")
+        raise BadInput(f"--data: not the images and classes ({data.classes[:3]}...) of the teacher: squeeze again")
 
 def given_weights(network, args, teacher):
     """Load --teacher FILE, or torchvision's ImageNet weights with --pretrained, instead of training. The file's mean
-    and deviation, where it names them, replace the data set's in `teacher`."""
-    flag, remedy = f"--teacher {args.teacher}", "not a readable state dict"
-    if args.pretrained:
-        flag, remedy = "--pretrained", f"cannot be fetched: put the file into {torch.hub.get_dir()}/checkpoints"
+    and std, where it names them, replace the data set's in `teacher`."""
+    flag, remedy = (f"--teacher {args.teacher}", "not a readable state dict") if args.teacher else (
+        "--pretrained", f"cannot be fetched: put the file into {torch.hub.get_dir()}/checkpoints")
     try:
-        state = (torchvision.models.get_model_weights(args.network).IMAGENET1K_V1.get_state_dict(check_hash=True)
-                 if args.pretrained else torch.load(args.teacher, weights_only=True, map_location="cpu"))
+        state = (torch.load(args.teacher, weights_only=True, map_location="cpu") if args.teacher else
+                 torchvision.models.get_model_weights(args.network).IMAGENET1K_V1.get_state_dict(check_hash=True))
         about = {key: list(state.get(key, teacher[key])) for key in ("classes", "mean", "std")}
-        remedy = "mean and std must be three numbers of (0, 1] each, its classes and their order the data set's, here "
-        remedy += str(teacher["classes"])[:60]
-        if about["classes"] != teacher["classes"] or not all(
-                len(about[key]) == 3 and all(0 < v <= 1 for v in about[key]) for key in ("mean", "std")):
-            raise ValueError(f"mean {about['mean']}, std {about['std']}, classes {str(about['classes'])[:60]} found")
+        remedy = (f"{str(about)[:200]} found: mean and std must be three numbers of (0, 1] each, classes and order those "
+                  f"of the data set, {str(teacher['classes'])[:60]}")
+        if about["classes"] != teacher["classes"] or {len(about["mean"]), len(about["std"])} != {3} or not all(
+                0 < value <= 1 for value in about["mean"] + about["std"]):
+            raise ValueError
         remedy = f"no {args.network} for this data set: another architecture, input size or class count"
         network.load_state_dict(state.get("state_dict", state))
-    except Exception as error:                             # urllib's, a broken file's, or torch's list of complaints
-        advice = isinstance(error, pickle.UnpicklingError)      # torch's: to unpickle whatever it is
-        first = type(error).__name__ if advice else str(error).splitlines()[:2][-1].strip()[:200]
-        raise BadInput(f"{flag}: {first}: {remedy}") from error
+    except Exception as error:                             # urllib's, a broken file's, or torch's long complaint
+        raise BadInput(f"{flag}: {type(error).__name__}: {remedy}") from error
     teacher.update(about)
     print(f"{flag}: images are normalised with mean {teacher['mean']}, std {teacher['std']}"
           f"{'' if 'mean' in state else ': it names none of its own'}")
@@ -732,8 +702,7 @@ def parse(argv):
                        "precision": native_precision(pick_device())})
 
 def teacher_folder(args):
-    """runs/<dataset>-<network>, then every setting of the teacher that is not the data set's default, in the order of
-    the flags; of a folder of one's own its name, too."""
+    """runs/<dataset>-<network>, then every setting that is not the data set's default; of one's own folder its name."""
     own = [Path(args.data).resolve().name] if args.dataset == "folder" else []
     defaults, hidden = vars(parse(["--dataset", args.dataset])), ("dataset", "data", "network", "keep", "resume")
     extra = changed(vars(args), defaults, hidden)
@@ -755,8 +724,7 @@ def main(argv):
                    mean=PRESETS[args.dataset]["mean"], std=PRESETS[args.dataset]["std"], precision=args.precision)
     torch.manual_seed(args.seed)
     network = build_network(args.network, len(data.classes), args.size, args.precision)
-    given = args.teacher or args.pretrained
-    if given:                                              # refused before a folder is made
+    if given := args.teacher or args.pretrained:           # refused before a folder is made
         given_weights(network, args, teacher)
     args.data = str(Path(args.data).resolve())
     inputs = {"data": data.sha256, **({"teacher": sha256(args.teacher)} if args.teacher else {})}
@@ -765,8 +733,9 @@ def main(argv):
         data = data._replace(train=in_memory(data, data.train, device), test=in_memory(data, data.test, device))
         if not (folder / "teacher.pt").is_file():
             network.to(device)
-            score = accuracy(network, data, teacher) if given else train(network, data, teacher, args, folder)
-            config["results"]["test"] = score              # before teacher.pt, which says that training is over
+            if not given:
+                train(network, data, teacher, args, folder)
+            config["results"]["test"] = accuracy(network, data, teacher)       # teacher.pt then says that it is over
             save(folder / "config.json", config)
             save(folder / "teacher.pt", dict(**teacher, state_dict=network.state_dict()))
             (folder / "checkpoint.pt").unlink(missing_ok=True)
