@@ -378,14 +378,6 @@ def convnet(classes, size, width=128):
                             nn.ReLU(inplace=True), nn.AvgPool2d(2)) for i in range(depth)]
     return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(width * (size >> depth) ** 2, classes))
 
-def small_stem(network, name):
-    """For 32 and 64 px: stems that keep every pixel, where torchvision's would leave hardly one."""
-    stem, pool, width = {"densenet121": ("features.conv0", "features.pool0", 64), "regnet_y_8gf": ("stem.0", "", 32),
-                         "convnext_tiny": ("features.0.0", "", 96)}.get(name, ("conv1", "maxpool", 64))
-    network.set_submodule(stem, nn.Conv2d(3, width, 3, padding=1, bias=name == "convnext_tiny"))
-    if pool:
-        network.set_submodule(pool, nn.Identity())
-
 TEACHERS = ["convnet", "resnet18", "resnet50", "resnet101"]
 STUDENTS = TEACHERS + ["densenet121", "regnet_y_8gf", "convnext_tiny"]
 
@@ -394,8 +386,12 @@ def build_network(name, classes, size, precision="float32"):
     if name not in STUDENTS or precision not in ("float32", "bfloat16"):
         raise ValueError(f"a {precision} {name}")
     network = convnet(classes, size) if name == "convnet" else getattr(torchvision.models, name)(num_classes=classes)
-    if name != "convnet" and size <= 64:
-        small_stem(network, name)
+    if name != "convnet" and size <= 64:                   # a stem that keeps every pixel
+        modules = list(network.named_modules())
+        stem, conv = next(pair for pair in modules if isinstance(pair[1], nn.Conv2d))
+        network.set_submodule(stem, nn.Conv2d(3, conv.out_channels, 3, padding=1, bias=conv.bias is not None))
+        for pool in [path for path, module in modules if isinstance(module, nn.MaxPool2d)]:        # one or none
+            network.set_submodule(pool, nn.Identity())
     network.precision = precision
     return network.to(memory_format=torch.channels_last)
 
@@ -652,8 +648,8 @@ def given_weights(network, args, teacher):
         state = (torch.load(args.teacher, weights_only=True, map_location="cpu") if args.teacher else
                  torchvision.models.get_model_weights(args.network).IMAGENET1K_V1.get_state_dict(check_hash=True))
         about = {key: list(state.get(key, teacher[key])) for key in ("classes", "mean", "std")}
-        remedy = (f"{str(about)[:200]} found: mean and std must be three numbers of (0, 1] each, classes and order those "
-                  f"of the data set, {str(teacher['classes'])[:60]}")
+        remedy = (f"{str(about)[:200]} found: mean and std must be three numbers of (0, 1] each, classes and order the "
+                  f"data set's, {str(teacher['classes'])[:60]}")
         if about["classes"] != teacher["classes"] or {len(about["mean"]), len(about["std"])} != {3} or not all(
                 0 < value <= 1 for value in about["mean"] + about["std"]):
             raise ValueError
