@@ -27,8 +27,6 @@ import spectral
 import squeeze
 from squeeze import BadInput, Namespace, number
 
-RECIPE = ("teacher", "validate", "epochs", "lr", "wd", "batch", "temperature", "schedule", "ema", "hard", "online")
-
 def learning_rate(progress, args):
     """Rate at `progress` in [0, 1]: a cosine to zero, or `stretched` to end at half the rate (the authors' code)."""
     return args.lr * (1 + math.cos(math.pi * progress / (2 if args.schedule == "stretched" else 1))) / 2
@@ -46,14 +44,15 @@ def answers(job, args):
     device, K = job.images.device, len(job.content["classes"])
     hot = F.one_hot(job.content["labels"], K).float().to(device)
     if args.online:
-        network, teacher, _ = squeeze.load_teacher(args.teacher or Path(job.run).resolve().parent, device)
+        network, teacher, _ = squeeze.load_teacher(job.labeller, device)
     def answer(epoch, views):
         if args.hard:
             share = relabel.patch_mask(views.patch, job.images.shape[-1]).float().mean((1, 2, 3))[:, None]
             return (1 - share) * hot + share * hot[views.partner]
         if args.online:
             return relabel.soft_labels(network, teacher, job.images, views, 500).half().float()
-        return relabel.read_epoch(job.stored, job.labels, epoch, K).to(device)
+        logits = np.load(job.stored / "soft_labels.npy", mmap_mode="r")[epoch]
+        return torch.from_numpy(logits.astype(np.float32)).to(device)
     return answer
 
 def make_student(job, args, seed):
@@ -89,83 +88,91 @@ def train_student(job, args, seed, checkpoint):
     """One student, from scratch or from its checkpoint (of at most a minute ago): (student, averaged student, seconds).
     job: content (of images.pt), images (uint8, on the device), labels (settings of relabel.py), answer (see answers)
     and identity, what a checkpoint must have been made with to be continued."""
-    (student, average, optimizer), job.seed, first, before = make_student(job, args, seed), seed, 0, 0.0
-    parts = dict(student=student, average=average, optimizer=optimizer)
-    if checkpoint.is_file():
-        state = squeeze.load_state(checkpoint)
+    student, average, optimizer = make_student(job, args, seed)
+    parts, job.seed = dict(student=student, average=average, optimizer=optimizer), seed
+    state = squeeze.load_state(checkpoint) if checkpoint.is_file() else dict(epoch=0, seconds=0.0)
+    if state["epoch"]:
         if state["identity"] != job.identity:
             raise BadInput(f"{checkpoint}: a student of other labels or settings: remove it")
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        first, before = state["epoch"], state["seconds"]
     start = saved = time.time()
-    for epoch in range(first, args.epochs):
+    for epoch in range(state["epoch"], args.epochs):
         loss = train_epoch(job, args, student, average, optimizer, epoch)
         if time.time() - saved > 60:
-            saved, rate = time.time(), (time.time() - start) / (epoch + 1 - first) / 60
-            squeeze.save(checkpoint, dict(identity=job.identity, epoch=epoch + 1, seconds=before + time.time() - start,
+            saved, rate = time.time(), (time.time() - start) / (epoch + 1 - state["epoch"]) / 60
+            squeeze.save(checkpoint, dict(identity=job.identity, epoch=epoch + 1, seconds=state["seconds"] + saved - start,
                                           **{name: part.state_dict() for name, part in parts.items()}))
             print(f"{checkpoint.parent.name}: {args.network} seed {seed} epoch {epoch + 1}/{args.epochs}  "
                   f"loss {loss.item():.4f}  {(args.epochs - epoch - 1) * rate:.1f} min left", flush=True)
     if not all(weight.isfinite().all() for weight in student.parameters()):
         raise BadInput(f"--lr {args.lr}: the student's weights are not finite: use a lower one")
-    return student, average.module, before + time.time() - start
+    return student, average.module, state["seconds"] + time.time() - start
 
 # ---- One row of the table: all seeds of one student network on one run -----------------------------------------------
 
-def label_source(job, args):
-    """Settings, hash and bytes of the labels a run's students learn from: those relabel.py stored, checked, or with
-    --online and --hard, which need none, the preset's."""
-    teacher = relabel.labeller(job.run, job.config, args.teacher)[1]["artefacts"]["teacher.pt"]
+def load_job(run, args):
+    """What evaluate needs of a run, checked, and its test set, in memory if it is small. --validate: held-out training
+    images, which the teacher must not have seen."""
+    content, config, parent = relabel.load_run(run)
+    labeller, stored, inputs = relabel.labeller(run, config, args.teacher)
+    squeeze.lock(run)
+    if not args.resume and ((Path(run) / "result.json").exists() or list(Path(run).glob("student-*.pt"))):
+        raise BadInput(f"{run}: its result.json or student-*.pt is in use: add --resume to add to it, or remove it")
+    made, validate = config["settings"], squeeze.read_config(parent, "squeeze")["settings"]["validate"]
+    if args.validate != validate:
+        raise BadInput(f"--validate: the teacher of {run} was trained with{'' if validate else 'out'} it: "
+                       f"{'add it' if validate else 'leave it out, or squeeze.py --validate'}")
+    data = squeeze.load_data(made["dataset"], args.data or made["data"], content["images"].shape[-1],
+                             len(content["classes"]), validate)
+    squeeze.check_data(data, content, config)
+    data = data._replace(train=None, test=squeeze.in_memory(data, data.test, squeeze.pick_device()))
+    return Namespace(run=run, content=content, made=made, labeller=labeller, stored=stored, inputs=inputs, data=data)
+
+def find_labels(job, args):
+    """Settings, hash and bytes of the labels a run's students learn from: those relabel.py stored, made if missing and
+    checked, or with --online and --hard, which need none, the preset's."""
     if args.online or args.hard:
-        preset = squeeze.PRESETS[job.config["settings"]["dataset"]]["relabel"]
-        made = squeeze.fill(Namespace(epochs=args.epochs), preset)
-        return {**vars(made), "keep_epochs": made.epochs, "seed": 0}, teacher if args.online else "", 0
+        preset = squeeze.PRESETS[job.made["dataset"]]["relabel"]
+        epochs = args.epochs or preset["epochs"]
+        views = {**preset, "epochs": epochs, "keep_epochs": epochs, "seed": 0}
+        return views, job.inputs["teacher.pt"] if args.online else "", 0
+    flags = [f"--{flag}={getattr(args, flag)}" for flag in ("epochs", "teacher") if getattr(args, flag)]
+    squeeze.ensure(job.stored, "relabel", [job.run, *flags], relabel.main, args.resume)
     labels = squeeze.read_config(job.stored, "relabel")
-    if labels["inputs"] != {"images.pt": job.config["artefacts"]["images.pt"], "teacher.pt": teacher}:
+    if labels["inputs"] != job.inputs:
         raise BadInput(f"{job.stored}: made for other images or by another teacher: remove it and relabel again")
     if (args.epochs or 0) > labels["settings"]["epochs"]:
         raise BadInput(f"--epochs {args.epochs}: {job.stored} holds {labels['settings']['epochs']}: relabel with more")
-    squeeze.checked(job.stored, "soft_labels.npy", labels)
-    relabel.check_labels(job.stored, labels["settings"], len(job.content["images"]), len(job.content["classes"]))
+    shape = labels["settings"]["keep_epochs"], len(job.content["images"]), len(job.content["classes"])
+    relabel.check_labels(squeeze.checked(job.stored, "soft_labels.npy", labels), shape)
     return labels["settings"], labels["artefacts"]["soft_labels.npy"], labels["results"]["label_bytes"]
 
-def test_set(job, args):
-    """The data set of a run, checked to be the teacher's, its test split in memory if it is small. --validate: held-out
-    training images, which the teacher must not have seen."""
-    settings, validate = job.config["settings"], squeeze.read_config(job.parent, "squeeze")["settings"]["validate"]
-    if args.validate != validate:
-        raise BadInput(f"--validate: the teacher of {job.run} was trained with{'' if validate else 'out'} it: "
-                       f"{'add it' if validate else 'leave it out, or squeeze.py --validate'}")
-    data = squeeze.load_data(settings["dataset"], args.data or settings["data"], job.content["images"].shape[-1],
-                             len(job.content["classes"]), validate)
-    squeeze.check_data(data, job.content, job.config)
-    return data._replace(train=None, test=squeeze.in_memory(data, data.test, squeeze.pick_device()))
+def recipe(job, network, args):
+    """(args, settings, name): the flags resolved for one student network on one run, of these what makes a student what
+    it is, and a name that tells what is not the default. Few images are trained in small batches, as in the authors'
+    code."""
+    preset, N = squeeze.PRESETS[job.made["dataset"]], len(job.images)
+    few, small, large = preset["batch"]
+    defaults = {**vars(parse([job.run])), "epochs": preset["relabel"]["epochs"], "batch": small if N <= few else large}
+    args = squeeze.fill(Namespace(**vars(args)), {"epochs": job.labels["epochs"], "batch": defaults["batch"]})
+    args.batch, defaults["batch"] = min(args.batch, N), min(defaults["batch"], N)
+    args.network, args.teacher = network, args.teacher and job.labeller.resolve().name     # its hash is in the labels'
+    chosen = squeeze.settings(args, ("runs", "report", "export", "data", "seeds"))
+    return args, chosen, "-".join([network, *squeeze.changed(chosen, defaults, ("network",))])
 
-def recipe(argv, dataset, N, epochs):
-    """The flags of a recipe, resolved for N images: few are trained in small batches, as in the authors' code."""
-    few, small, large = squeeze.PRESETS[dataset]["batch"]
-    args = squeeze.fill(parse(argv), dict(epochs=epochs, batch=small if N <= few else large))
-    args.batch = min(args.batch, N)
-    return args
-
-def evaluate(job, network, argv):
+def evaluate(job, network, args):
     """One row: all seeds of a student network on one run; result.json after each seed. Returns the row."""
-    (job.labels, label_hash, label_bytes), dataset = job.source, job.config["settings"]["dataset"]
-    args, defaults = (recipe(flags, dataset, len(job.images), epochs) for flags, epochs in (
-        (argv, job.labels["epochs"]), ([job.run], squeeze.PRESETS[dataset]["relabel"]["epochs"])))
-    args.network = network
-    chosen = {key: getattr(args, key) for key in RECIPE}
-    chosen["teacher"] = args.teacher and Path(args.teacher).resolve().name     # its hash is in the labels' one
-    path, name = Path(job.run) / "result.json", "-".join([network, *squeeze.changed(chosen, vars(defaults))])
-    job.identity = {"settings": {"network": network, **chosen, "precision": job.content["precision"]},
-                    "views": job.labels, "labels": label_hash, "images": job.config["artefacts"]["images.pt"]}
+    args, chosen, name = recipe(job, network, args)
+    path = Path(job.run) / "result.json"
+    job.identity = {"settings": {**chosen, "precision": job.content["precision"]},
+                    "views": job.labels, "labels": job.label_hash, "images": job.inputs["images.pt"]}
     result = squeeze.read_json(path)
     row = result.setdefault(name, {**job.identity, "seeds": {}})
-    if any(row.get(key) != value for key, value in job.identity.items()):
+    if row != {**row, **job.identity}:
         raise BadInput(f"{path}: {name} there is of other labels, images or settings: remove it to evaluate anew")
     job.answer = answers(job, args)
-    squeeze.show(Namespace(run=job.run, network=network, seeds=args.seeds, **chosen))
+    squeeze.show(Namespace(run=job.run, **chosen, seeds=args.seeds))
     for seed in range(args.seeds):
         if str(seed) not in row["seeds"]:
             checkpoint = path.with_name(f"student-{name}-{seed}.pt")
@@ -174,34 +181,28 @@ def evaluate(job, network, argv):
             row["seeds"][str(seed)] = {"averaged": score, "raw": raw_score, "seconds": seconds}
             print(f"{job.run}: {name} seed {seed}: {score:.2f} % averaged, {raw_score:.2f} % raw, {seconds:.0f} s",
                   flush=True)
-            row.update(summary(list(row["seeds"].values())), image_bytes=job.images.numel(), label_bytes=label_bytes)
+            for kind in ("averaged", "raw"):               # deviation of the sample; 0 for one seed
+                scores = [seed[kind] for seed in row["seeds"].values()]
+                row[kind], row[kind + "_std"] = np.mean(scores), np.std(scores, ddof=min(1, len(scores) - 1))
+            row.update(seconds=sum(seed["seconds"] for seed in row["seeds"].values()),
+                       image_bytes=job.images.numel(), label_bytes=job.label_bytes)
             squeeze.save(path, result)
             checkpoint.unlink(missing_ok=True)
     return row
-
-def summary(seeds):
-    """Mean and deviation (of the sample; 0 for one seed) over seeds of both students."""
-    out = {"seconds": sum(seed["seconds"] for seed in seeds)}
-    for kind in ("averaged", "raw"):
-        scores = [seed[kind] for seed in seeds]
-        out[kind], out[kind + "_std"] = np.mean(scores), np.std(scores, ddof=1) if len(scores) > 1 else 0.0
-    return out
 
 def export(run, target):
     """The run's images as lossless PNGs, target/<class>/<position>.png, as torchvision's ImageFolder reads them."""
     content, target = relabel.load_run(run)[0], Path(target)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise BadInput(f"--export {target}: not an empty folder: name a new one")
-    seen, names = [0] * len(content["classes"]), squeeze.folder_names(content["classes"])
     try:
-        for image, label in zip(content["images"], content["labels"].tolist()):
-            folder = target / names[label]
-            folder.mkdir(parents=True, exist_ok=True)
-            to_pil_image(image).save(folder / f"{seen[label]:05d}.png")
-            seen[label] += 1
+        for c, name in enumerate(squeeze.folder_names(content["classes"])):
+            (target / name).mkdir(parents=True)
+            for i, image in enumerate(content["images"][content["labels"] == c]):
+                to_pil_image(image).save(target / name / f"{i:05d}.png")
     except OSError as error:
         raise BadInput(f"--export {target}: cannot be written ({error.strerror}): name another folder") from error
-    print(f"exported {sum(seen)} images to {target}")
+    print(f"exported {len(content['images'])} images to {target}")
 
 # ---- --report: what the images look like, in numbers and pictures (paper, Section 4) ---------------------------------
 
@@ -213,68 +214,65 @@ def radial_psd(images):
         x = part.float()
         x = torch.fft.fft2(x - x.mean((2, 3), keepdim=True)).abs().square().sum(1)
         power = power + (x / x.sum((1, 2), keepdim=True).clamp(min=1e-12)).sum(0) / len(images)
-    f = torch.fft.fftfreq(S) * S
+    f, radii = torch.fft.fftfreq(S) * S, torch.arange(1, S // 2 + 1)
     radius = torch.sqrt(f[:, None] ** 2 + f[None] ** 2)
-    ring, inside = radius.round().long().flatten(), S // 2 + 1
-    total, count = (torch.zeros(ring.max() + 1).index_add_(0, ring, v) for v in (power.flatten(), torch.ones(S * S)))
-    return torch.arange(1, inside), (total / count)[1:inside], power[radius > S / 4].sum().item()
+    ring = radius.round().long().flatten()
+    return radii, (ring.bincount(power.flatten()) / ring.bincount())[radii], power[radius > S / 4].sum().item()
 
 @torch.no_grad()
-def intra_class_similarity(network, name, content, device, batch=500):
+def intra_class_similarity(network, name, content, device):
     """Mean cosine similarity of the input of the teacher's layer `name` over pairs of a class, then over classes."""
     H = []
     with spectral.collect_inputs(network, lambda n, module: n == name) as features:
-        for part in content["images"].split(batch):
+        for part in content["images"].split(500):
             network(squeeze.normalise(part.to(device), content["mean"], content["std"]))
             H.append(F.normalize(features[name].float(), dim=1).cpu())
-    H, out = torch.cat(H), []
-    for c in range(len(content["classes"])):
-        mine = H[content["labels"] == c]
-        if (n := len(mine)) > 1:
-            out.append(((mine @ mine.T).sum() - n) / (n * (n - 1)))      # without each image's similarity to itself
-    return torch.stack(out).mean().item() if out else None
+    classes = (torch.cat(H)[content["labels"] == c] for c in range(len(content["classes"])))
+    means = [((own @ own.T).sum() - n) / (n * (n - 1)) for own in classes if (n := len(own)) > 1]  # not with itself
+    return torch.stack(means).mean().item() if means else None
 
 def svg(path, curves, title, x_label, y_label, dashed=()):
     """{label: (x, y)} as one log-log line chart; no plotting package. dashed: labels drawn so, in the colour before."""
-    points = [(x, y) for xs, ys in curves.values() for x, y in zip(xs, ys) if x > 0 and y > 0]
-    (x0, x1), (y0, y1) = ((math.log10(min(v)), math.log10(max(v)) + 1e-9) for v in zip(*points))
+    curves = {label: [(x, y) for x, y in zip(*curve) if x > 0 and y > 0] for label, curve in curves.items()}
     colours = itertools.cycle(["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"])
-    def place(x, y):
-        return 70 + 400 * (math.log10(x) - x0) / (x1 - x0), 330 - 290 * (math.log10(y) - y0) / (y1 - y0)
-    def ticks(low, high):                                  # decades, or steps within one
+    def axis(values, start, end):                          # (value -> pixel, ticks: decades, or steps within one)
+        low, high = math.log10(min(values)), math.log10(max(values)) + 1e-9
         steps = [m * 10.0**d for d in range(math.floor(low), math.ceil(high)) for m in range(1, 10)]
-        return [t for t in steps if low <= math.log10(t) <= high and (high - low < 1 or f"{t:e}"[0] == "1")]
+        return (lambda v: start + (end - start) * (math.log10(v) - low) / (high - low),
+                [t for t in steps if low <= math.log10(t) <= high and (high - low < 1 or f"{t:e}"[0] == "1")])
+    xs, ys = zip(*itertools.chain(*curves.values()))
+    (place_x, ticks_x), (place_y, ticks_y) = axis(xs, 70, 470), axis(ys, 330, 40)
     out = ['<svg xmlns="http://www.w3.org/2000/svg" width="700" height="380" font-family="sans-serif" font-size="12">',
            '<rect width="700" height="380" fill="white"/><path d="M70 40V330H470" fill="none" stroke="black"/>',
            f'<text x="270" y="22" text-anchor="middle" font-size="14">{title}</text>',
            f'<text x="270" y="368" text-anchor="middle">{x_label}</text>',
            f'<text x="16" y="185" text-anchor="middle" transform="rotate(-90 16 185)">{y_label}</text>']
-    out += [f'<text x="{place(t, 10**y0)[0]:.0f}" y="346" text-anchor="middle">{t:.3g}</text>' for t in ticks(x0, x1)]
-    out += [f'<text x="64" y="{place(10**x0, t)[1] + 4:.0f}" text-anchor="end">{t:.3g}</text>' for t in ticks(y0, y1)]
-    for i, (label, (xs, ys)) in enumerate(curves.items()):
-        colour = colour if label in dashed else next(colours)
-        spots = ["%.1f,%.1f" % place(x, y) for x, y in zip(xs, ys) if x > 0 and y > 0]
-        out += [f'<polyline points="{" ".join(spots)}" fill="none" stroke="{colour}" stroke-width="2"'
-                f'{" stroke-dasharray=" + repr("6 4") if label in dashed else ""}/>',
+    out += [f'<text x="{place_x(t):.0f}" y="346" text-anchor="middle">{t:.3g}</text>' for t in ticks_x]
+    out += [f'<text x="64" y="{place_y(t) + 4:.0f}" text-anchor="end">{t:.3g}</text>' for t in ticks_y]
+    for i, (label, points) in enumerate(curves.items()):
+        colour, dashes = (colour, " stroke-dasharray='6 4'") if label in dashed else (next(colours), "")
+        spots = [f"{place_x(x):.1f},{place_y(y):.1f}" for x, y in points]
+        out += [f'<polyline points="{" ".join(spots)}" fill="none" stroke="{colour}" stroke-width="2"{dashes}/>',
                 f'<text x="484" y="{56 + 18 * i}" fill="{colour}">{label}</text>']
         if len(spots) <= 10:                               # few points: what was measured, and what lies between
             out += ['<circle cx="%s" cy="%s" r="4" fill="%s"/>' % (*spot.split(","), colour) for spot in spots]
     path.write_text("\n".join(out) + "\n</svg>\n")
 
-def responses(args, layer):
-    """{label: f(lambda)} of a recover or baselines run over the real spectrum of a layer; empty for real images."""
-    if args.iterations == 0:
+def responses(name, settings, layer):
+    """{label: (lambda, f)} of the filters of a recover or baselines run over the real spectrum of a layer; none of real
+    images."""
+    if not settings.get("iterations"):
         return {}
+    args = Namespace(**settings)
     psi = layer["ffc"] if args.centred else spectral.Statistics(**layer).uncentred
     if "method" in args:
         pairs = baselines.METHODS[args.method][0](args)
-        curves = {f", g = {pair[0]}": pair[1] for pair in (pairs(psi[None]) if callable(pairs) else pairs)}
-    elif args.filter == "cfm" and args.ipc > 1:
-        curves = {f" round {k + 1}": recover.cfm_pairs(k, args)[0][1] for k in (0, args.ipc - 1)}
+        filters = {f", g = {g}": f for g, f, *_ in (pairs(psi[None]) if callable(pairs) else pairs)}
     else:
-        curves = {"": recover.cfm_pairs(0, args)[0][1]}
+        rounds = {f" round {k + 1}": k for k in (0, args.ipc - 1)} if args.filter == "cfm" and args.ipc > 1 else {"": 0}
+        filters = {label: recover.cfm_pairs(k, args)[0][1] for label, k in rounds.items()}
     lam = torch.linalg.eigvalsh(psi).clamp(min=0)
-    return {label: (lam.tolist(), f(lam[None])[0].tolist()) for label, f in curves.items()}
+    return {name + label: (lam.tolist(), f(lam[None])[0].tolist()) for label, f in filters.items()}
 
 def report(runs, device):
     """report.json, psd.svg, filters.svg, grid.png and rounds-<run>.png of one teacher's runs, in its report/."""
@@ -287,16 +285,16 @@ def report(runs, device):
     layer = [name for name in statistics["layers"] if name != statistics["head"]][-1]
     folder, rows, curves, filters, tiles = parent / "report", {}, {}, {}, []
     folder.mkdir(exist_ok=True)
-    for run, (content, run_config, _) in zip(runs, loaded):
-        name, images, K, ipc = Path(run).name, content["images"], len(content["classes"]), run_config["settings"]["ipc"]
+    print(f"{'run':34s} {'power above S/4':>16s} {'similarity':>11s} {'seconds':>8s}")
+    for run, (content, made, _) in zip(runs, loaded):
+        name, images, K, ipc = Path(run).name, content["images"], len(content["classes"]), made["settings"]["ipc"]
         radius, power, share = radial_psd(images)
         similarity = intra_class_similarity(network, statistics["head"], content, device)
-        rows[name] = dict(high_share=share, similarity=similarity, psd=power.tolist(),
-                          seconds=run_config["results"].get("seconds"))
+        seconds = made["results"].get("seconds")
+        print(f"{name:34s} {100 * share:14.2f} % {similarity or math.nan:11.3f} {seconds or 0:8.0f}", flush=True)
+        rows[name] = dict(high_share=share, similarity=similarity, psd=power.tolist(), seconds=seconds)
         curves[name] = radius.tolist(), power.tolist()
-        if "iterations" in run_config["settings"]:
-            found = responses(Namespace(**run_config["settings"]), statistics["layers"][layer])
-            filters.update({f"{name}{label}": curve for label, curve in found.items()})
+        filters.update(responses(name, made["settings"], statistics["layers"][layer]))
         by_round = images.view(ipc, K, *images.shape[1:]) if len(images) == ipc * K else images[None, :K]
         tiles += [by_round[k, c % K] for k in (0, len(by_round) - 1) for c in range(10)]
         rounds = by_round[:, :10].transpose(0, 1).flatten(0, 1) / 255
@@ -307,10 +305,6 @@ def report(runs, device):
         svg(folder / "filters.svg", filters, f"filter responses on the real spectrum of layer {layer}",
             "eigenvalue of FFC", "f")
     squeeze.save(folder / "report.json", {"layer": layer, "radius": radius.tolist(), "runs": rows})
-    print(f"{'run':34s} {'power above S/4':>16s} {'similarity':>11s} {'seconds':>8s}")
-    for name, row in rows.items():
-        print(f"{name:34s} {100 * row['high_share']:14.2f} % {row['similarity'] or math.nan:11.3f} "
-              f"{row['seconds'] or 0:8.0f}")
     print(f"pictures: {folder}; grid.png has two rows a run, its first and its last round")
 
 # ---- The stage -------------------------------------------------------------------------------------------------------
@@ -329,12 +323,12 @@ def parse(argv):
     add = parser.add_argument_group("how").add_argument
     add("--seeds", type=number(int, 1), default=3, help="students a row, seeds 0, 1, ... (default 3)")
     add("--epochs", type=number(int, 1), help="passes over the images (default: as many as there are labels for)")
-    add("--batch", type=number(int, 2), help="images a step (toy 25; CIFAR-10 50 up to IPC 10; else 100 or 200)")
     add("--lr", type=number(float, 0, strict=True), default=1e-3, help="rate of AdamW (default 1e-3)")
     add("--wd", type=number(float, 0), default=1e-2, help="weight decay (default 1e-2)")
+    add("--batch", type=number(int, 2), help="images a step (toy 25; CIFAR-10 50 up to IPC 10; else 100 or 200)")
+    add("--temperature", type=number(float, 0, strict=True), default=20.0, help="of the soft labels (default 20)")
     add("--schedule", choices=["stretched", "cosine"], default="stretched", help="cosine to half the rate, or to zero")
     add("--ema", type=number(float, 0, 1), default=0.99, help="averaging of the student, a step (default 0.99)")
-    add("--temperature", type=number(float, 0, strict=True), default=20.0, help="of the soft labels (default 20)")
     add("--hard", action="store_true", help="hard labels instead of the teacher's, on views of the same kind")
     add("--online", action="store_true", help="ask the teacher at every epoch and store no labels")
     args = parser.parse_args(argv)
@@ -348,43 +342,28 @@ def parse(argv):
 def show_table(table, args):
     line = "%-44s %-24s %-13s %2s %13s %13s %10s %10s %8s"
     print("\n" + line % ("run", "labels of", "student", "n", "averaged", "raw", "images", "labels", "time"))
-    for run, network, row in table:
-        whose = "none" if args.hard else Path(args.teacher or Path(run).resolve().parent).resolve().name
+    for *what, row in table:
         scores = ("%6.2f ± %4.2f" % (row[kind], row[kind + "_std"]) for kind in ("averaged", "raw"))
         sizes = ("%.2f MB" % (row[kind + "_bytes"] / 1e6) for kind in ("image", "label"))
-        print(line % (run, whose, network, len(row["seeds"]), *scores, *sizes, "%.0f s" % row["seconds"]))
+        print(line % (*what, len(row["seeds"]), *scores, *sizes, "%.0f s" % row["seconds"]))
     print(f"top-1 {'held-out' if args.validate else 'test'} accuracy in %, last epoch, mean and deviation over n seeds"
           f"; peak memory {squeeze.peak_memory(squeeze.pick_device()):.0f} MB\n"
           "next: the same with recover.py --iterations 0, the honest rival")
 
 def main(argv):
-    args, jobs, table = parse(argv), [], []
+    args, table = parse(argv), []
     if args.export:
         return export(args.runs[0], args.export)
     if args.report:
         return report(args.runs, squeeze.pick_device())
-    for run in args.runs:                                  # all checks of all runs before any work
-        content, config, parent = relabel.load_run(run)
-        job = Namespace(run=run, content=content, config=config, parent=parent, source=None,
-                        stored=relabel.label_folder(run, args.teacher))
-        squeeze.lock(run)
-        if not args.resume and ((Path(run) / "result.json").exists() or list(Path(run).glob("student-*.pt"))):
-            raise BadInput(f"{run}: its result.json or student-*.pt is in use: add --resume to add to it, or remove it")
-        if args.online or args.hard or (job.stored / "config.json").is_file() and (
-                squeeze.read_config(job.stored, "relabel", args.resume)["artefacts"]):
-            job.source = label_source(job, args)
-        job.data = test_set(job, args)
-        jobs.append(job)
-    for job in jobs:
-        if not job.source:
-            flags = [f"--{flag}={getattr(args, flag)}" for flag in ("epochs", "teacher") if getattr(args, flag)]
-            squeeze.ensure(job.stored, "relabel", [job.run, *flags], relabel.main, args.resume)
-            job.source = label_source(job, args)
+    jobs = [load_job(run, args) for run in args.runs]      # all runs are checked before any work
+    for job in jobs:                                       # and have their labels before any student
+        job.labels, job.label_hash, job.label_bytes = find_labels(job, args)
     while jobs:                                            # the images of one at a time on the device
         job = jobs.pop(0)
-        job.images = job.content["images"].to(squeeze.pick_device())
-        for network in args.network or [job.config["settings"]["network"]]:
-            table.append((job.run, network, evaluate(job, network, argv)))
+        job.images, labeller = job.content["images"].to(squeeze.pick_device()), job.labeller.resolve().name
+        for network in args.network or [job.made["network"]]:
+            table.append((job.run, "none" if args.hard else labeller, network, evaluate(job, network, args)))
     show_table(table, args)
 
 if __name__ == "__main__":

@@ -8,15 +8,12 @@ epoch of the students (FKD, as SRe2L has it).
 A view (crop box, flip, CutMix partner and patch) is a pure function of (seed, epoch, image): eval.py rebuilds exactly
 the pixels that the teacher saw, whatever its batch size, order or device, so that nothing but the labels has to be
 stored. Writes RUN/labels/, or RUN/labels-<teacher>/: soft_labels.npy (float16 logits [E, N, K]), config.json and
-log.jsonl. Where full labels are too large (ImageNet at IPC 50: 28 GB for 0.75 GB of images), --keep-epochs stores fewer
-epochs and --top-k fewer logits."""
+log.jsonl. Full labels can be large (ImageNet at IPC 50: 28 GB for 0.75 GB of images): --keep-epochs stores fewer."""
 import contextlib
 import hashlib
-import json
 import math
 import shutil
 import time
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,79 +66,49 @@ def soft_labels(network, teacher, images, views, batch):
 
 # ---- Labels on disk, an epoch at a time, so that memory does not grow with the epochs --------------------------------
 
-def compress(logits, k, temperature=20.0):
-    """The k largest logits, one for all the rest, and the k classes, [N, 2k + 1]. The rest logit gives the remaining
-    classes together the mass they had at `temperature`, in equal shares."""
-    top, classes = logits.topk(k, 1)
-    rest = logits.scatter(1, classes, -math.inf)
-    count = max(logits.shape[1] - k, 1)
-    rest = temperature * (torch.logsumexp(rest / temperature, 1, keepdim=True) - math.log(count))
-    return torch.cat([top, rest.nan_to_num(neginf=-6e4), classes], 1)
-
-def expand(stored, k, K):
-    """What compress left, as logits [N, K]."""
-    return stored[:, k:k + 1].repeat(1, K).scatter(1, stored[:, k + 1:].long(), stored[:, :k])
-
-def label_folder(run, teacher):
-    """Where a run's labels by `teacher` lie, a folder of squeeze.py; None: the teacher whose spectra were matched."""
-    own = teacher is None or Path(teacher).resolve() == Path(run).resolve().parent
-    return Path(run) / ("labels" if own else f"labels-{Path(teacher).resolve().name}")
-
 def labeller(run, config, teacher):
-    """(folder, config) of the teacher that labels, checked to know the run's data set, image by image."""
-    parent = Path(teacher or Path(run).resolve().parent)
+    """Of the squeeze run `teacher` that labels a run (None: the one whose spectra were matched), checked to know the
+    run's data set, image by image: (its folder, the folder of its labels, the hashes of what they are made from)."""
+    own = Path(run).resolve().parent
+    parent = Path(teacher or own)
     found = squeeze.read_config(parent, "squeeze")
     if found["inputs"]["data"] != config["inputs"]["data"]:
         raise BadInput(f"--teacher {parent}: other training images than those of {run}: name one of the same data")
-    return parent, found
+    name = "labels" if parent.resolve() == own else f"labels-{parent.resolve().name}"
+    inputs = {"images.pt": config["artefacts"]["images.pt"], "teacher.pt": found["artefacts"]["teacher.pt"]}
+    return parent, Path(run) / name, inputs
 
-def shape_of(settings, N, K):
-    """Of the stored labels, float16."""
-    return settings["keep_epochs"], N, 2 * settings["top_k"] + 1 if settings["top_k"] else K
-
-def read_epoch(folder, settings, epoch, K):
-    """The stored logits for an epoch of training, float32 [N, K]; with --keep-epochs E', epoch e is e mod E'."""
-    stored = np.load(folder / "soft_labels.npy", mmap_mode="r")[epoch % settings["keep_epochs"]].astype(np.float32)
-    return expand(torch.from_numpy(stored), settings["top_k"], K) if settings["top_k"] else torch.from_numpy(stored)
-
-def check_labels(folder, settings, N, K):
+def check_labels(path, shape):
     """Refuse stored labels that do not fit the run, whatever their config says."""
-    path, first = folder / "soft_labels.npy", settings["top_k"] + 1 if settings["top_k"] else K      # column of classes
     with contextlib.suppress(OSError, ValueError):
         found = np.load(path, mmap_mode="r")
-        if (found.shape, found.dtype) == (shape_of(settings, N, K), np.float16) and all(
-                np.isfinite(e).all() and ((0 <= e[:, first:]) & (e[:, first:] < K)).all() for e in found):
+        if (found.shape, found.dtype) == (shape, np.float16) and all(np.isfinite(epoch).all() for epoch in found):
             return
-    raise BadInput(f"{path}: not finite labels {shape_of(settings, N, K)} of {K} classes: remove {folder} and relabel")
+    raise BadInput(f"{path}: not finite float16 labels {shape}: remove {path.parent} and relabel")
 
-def epochs_done(path):
-    """How many epochs a killed run left whole: those whose stored bytes have the CRC that log.jsonl tells."""
-    with contextlib.suppress(OSError, ValueError, KeyError, EOFError): # nothing there yet, or something broken: anew
-        entries = [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
-        crc, stored = {entry["epoch"]: entry["crc"] for entry in entries}, np.load(path, mmap_mode="r")
-        whole = [e + 1 in crc and crc[e + 1] == zlib.crc32(epoch.tobytes()) for e, epoch in enumerate(stored)]
-        return (whole + [False]).index(False)
-    return 0
-
-def write(path, shape, label, args):
-    """All epochs in order; a killed run goes on after the last whole one. label(epoch): the teacher's logits [N, K]."""
-    temporary = path if path.exists() else path.with_name(path.name + ".tmp")      # in place if killed at the very end
-    done, start, printed = epochs_done(temporary), time.time(), time.time()
+def write(path, shape, label):
+    """All epochs in order; label(epoch): the teacher's logits [N, K]. Each is appended and flushed to the disk, then
+    counted by a line of log.jsonl: a killed run goes on after those that are whole by the count and by the size."""
+    part, log, size = path.with_name(path.name + ".tmp"), path.with_name("log.jsonl"), 2 * math.prod(shape[1:])
+    if path.exists():                                      # killed at the very end
+        path.replace(part)
+    done = log.read_bytes().count(b"\n") if log.is_file() else 0
+    with squeeze.writing(part, "r+b" if part.exists() else "wb") as file:      # mapped, a full disk would be a crash
+        np.lib.format.write_array_header_1_0(file, dict(descr="<f2", fortran_order=False, shape=shape))
+        header = file.tell()
+        done = min(done, (file.seek(0, 2) - header) // size)
+        file.truncate(header + done * size)
+    start = printed = time.time()
     for epoch in range(done, shape[0]):
-        logits = label(epoch)
-        data = (compress(logits, args.top_k) if args.top_k else logits).cpu().numpy().astype(np.float16).tobytes()
-        with squeeze.writing(temporary, "r+b" if epoch else "wb") as file:     # mapped, a full disk would be a crash
-            np.lib.format.write_array_header_1_0(file, dict(descr="<f2", fortran_order=False, shape=shape))
-            if not epoch:
-                file.truncate(file.tell() + shape[0] * len(data))
-            file.seek(epoch * len(data), 1)
-            file.write(data)
-        squeeze.log(path.parent, epoch=epoch + 1, crc=zlib.crc32(data), seconds=time.time() - start)
+        logits = label(epoch).half().cpu().numpy()
+        with squeeze.writing(part, "ab") as file:
+            file.write(logits.tobytes())
+        squeeze.log(path.parent, epoch=epoch + 1, seconds=time.time() - start)
         if time.time() - printed > 10 or epoch + 1 == shape[0]:
             printed, rate = time.time(), (epoch + 1 - done) / (time.time() - start)
             print(f"epoch {epoch + 1}/{shape[0]}  {rate * len(logits):.0f} images/s  "
                   f"{(shape[0] - epoch - 1) / rate / 60:.1f} min left", flush=True)
-    temporary.replace(path)
+    part.replace(path)
 
 # ---- The stage -------------------------------------------------------------------------------------------------------
 
@@ -179,22 +146,23 @@ def import_images(parent, source, resume):
     folders = [name if name in present and folder not in present else folder for name, folder in pairs]
     if strange := sorted(set(present) - set(folders)):
         raise BadInput(f"--images {source}: class {strange[0]!r} is none of the teacher's in {parent}")
-    paths, labels = squeeze.image_files(source, folders)
-    position = torch.cat([torch.arange(n) for n in labels.unique_consecutive(return_counts=True)[1]])  # in its class
-    order = np.lexsort((labels, position))
-    paths, labels, size = [paths[i] for i in order], labels[order], teacher["size"]
-    tensors = [image.clone() for image, _ in squeeze.stream(squeeze.Split(paths, labels), T.PILToTensor(), 1)]
-    for image, path in zip(tensors, paths):
+    files, size = squeeze.image_files(source, folders), teacher["size"]
+    counts = files.labels.unique_consecutive(return_counts=True)[1]
+    position = torch.cat([torch.arange(n) for n in counts])                # of each image in its class
+    files = squeeze.select(files, np.lexsort((files.labels, position)))
+    images, folder = torch.empty(len(position), 3, size, size, dtype=torch.uint8), parent / source.resolve().name
+    for i, (image, _) in enumerate(squeeze.stream(files, T.PILToTensor(), 1)):
         if image.shape[2:] != (size, size):
-            raise BadInput(f"{path}: {tuple(image.shape[2:])} pixels found, the teacher takes {size} squared: mend it")
-    images, folder = torch.cat(tensors), parent / source.resolve().name
-    digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
+            raise BadInput(f"{files.images[i]}: {tuple(image.shape[2:])} pixels found, the teacher takes {size} "
+                           "squared: mend it")
+        images[i] = image[0]
+    digest = hashlib.sha256(images.numpy().tobytes() + files.labels.numpy().tobytes()).hexdigest()
     inputs = {"data": config["inputs"]["data"], "images": digest, **config["artefacts"]}
     about = {key: config["settings"][key] for key in ("dataset", "data", "network")}
     run = squeeze.open_run(folder, "recover", {**about, "ipc": 1 + int(position.max())}, inputs, resume)
     if not run["artefacts"]:
         content = {key: teacher[key] for key in ("classes", "mean", "std", "precision")}
-        squeeze.save(folder / "images.pt", dict(images=images, labels=labels, **content, inputs=inputs,
+        squeeze.save(folder / "images.pt", dict(images=images, labels=files.labels, **content, inputs=inputs,
                                                 settings={"images": source.name}))
         squeeze.finish_run(folder, run, ["images.pt"], image_bytes=images.numel())
     print(f"images: {len(images)} from {source}, in {folder}")
@@ -210,46 +178,36 @@ def parse(argv):
     add("--epochs", type=number(int, 1), help="epochs of students to make labels for (CIFAR 1000, toy 60, else 300)")
     add("--scale", type=number(float, 0, 1, strict=True), help="smallest crop, share of area (CIFAR, toy 0.08; 0.5)")
     add("--keep-epochs", type=number(int, 1), metavar="E", help="store E epochs, students cycle through them")
-    add("--top-k", type=number(int, 1), metavar="K", help="store the K largest logits, the rest share what is left")
     add("--batch", type=number(int, 1), default=500, help="images a forward pass (default 500)")
     add("--seed", type=number(int, 0), default=0, help="of the views (default 0)")
     return parser.parse_args(argv)
 
-def resolve(args):
-    """Flags left out take the run's preset. Returns args."""
-    config = squeeze.read_config(args.run, "squeeze" if args.images else "recover")
-    squeeze.fill(args, squeeze.PRESETS[config["settings"]["dataset"]]["relabel"])
+def main(argv):
+    args, device = parse(argv), squeeze.pick_device()
+    made = squeeze.read_config(args.run, "squeeze" if args.images else "recover")["settings"]
+    squeeze.fill(args, squeeze.PRESETS[made["dataset"]]["relabel"])
     squeeze.fill(args, {"keep_epochs": args.epochs})
     if args.keep_epochs > args.epochs:
         raise BadInput(f"--keep-epochs {args.keep_epochs} found, must be at most --epochs {args.epochs}")
-    return args
-
-def main(argv):
-    args, device = resolve(parse(argv)), squeeze.pick_device()
     squeeze.show(args)
     run = import_images(args.run, args.images, args.resume) if args.images else args.run
     content, config, _ = load_run(run)
-    parent, labelling = labeller(run, config, args.teacher)
-    N, K, S = len(content["images"]), len(content["classes"]), content["images"].shape[-1]
-    if args.top_k and not args.top_k <= K <= 2048:         # float16 holds whole numbers so far
-        raise BadInput(f"--top-k {args.top_k} found, must be at most the {K} classes, and they 2048: use --keep-epochs")
-    path, shape = label_folder(run, args.teacher) / "soft_labels.npy", shape_of(vars(args), N, K)
-    size = 2 * math.prod(shape)
-    if not (path.parent / "log.jsonl").is_file() and size > (free := shutil.disk_usage(run).free):
+    parent, folder, inputs = labeller(run, config, args.teacher)
+    shape = args.keep_epochs, len(content["images"]), len(content["classes"])
+    size, path = 2 * math.prod(shape), folder / "soft_labels.npy"
+    if not (folder / "log.jsonl").is_file() and size > (free := shutil.disk_usage(run).free):
         raise BadInput(f"--epochs {args.epochs}: soft labels need {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
-                       "use --keep-epochs or --top-k, or eval.py --online")
+                       "use --keep-epochs, or eval.py --online")
     network, teacher, _ = squeeze.load_teacher(parent, device)
-    images = content["images"].to(device)
+    images, args.precision = content["images"].to(device), teacher["precision"]
     def label(epoch):
-        views = draw_views(args.seed, epoch, N, S, args.scale).to(device)
+        views = draw_views(args.seed, epoch, len(images), images.shape[-1], args.scale).to(device)
         return soft_labels(network, teacher, images, views, args.batch)
-    settings = {**squeeze.settings(args, ("run", "images", "teacher")), "precision": teacher["precision"]}
-    inputs = {name: made["artefacts"][name] for name, made in (("images.pt", config), ("teacher.pt", labelling))}
-    config = squeeze.open_run(path.parent, "relabel", settings, inputs, args.resume)
+    config = squeeze.open_run(folder, "relabel", squeeze.settings(args, ("run", "images", "teacher")), inputs, args.resume)
     if not config["artefacts"]:
         print(f"{path}: logits {list(shape)}, {size / 1e6:.2f} MB; images are {images.numel() / 1e6:.2f} MB")
-        write(path, shape, label, args)
-        squeeze.finish_run(path.parent, config, [path.name], label_bytes=size)
+        write(path, shape, label)
+        squeeze.finish_run(folder, config, [path.name], label_bytes=size)
     print(f"labels: {path}, {size / 1e6:.2f} MB, peak memory {squeeze.peak_memory(device):.0f} MB\n"
           f"next: python eval.py {run}" + (f" --teacher {args.teacher}" if args.teacher else ""))
 

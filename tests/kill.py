@@ -34,7 +34,7 @@ RUN = TEACHER / "cfm-ipc3-iterations6-batch3"
 STAGES = {
     "squeeze": (squeeze, SQUEEZE),
     "recover": (recover, ["--teacher", TEACHER, "--ipc", "3", "--iterations", "6", "--batch", "3"]),
-    "relabel": (relabel, [RUN, "--epochs", "12", "--top-k", "2"]),
+    "relabel": (relabel, [RUN, "--epochs", "12"]),
     "eval": (evaluation, [RUN, "--seeds", "2", "--epochs", "12"])}
 
 

@@ -129,8 +129,7 @@ def test_relabel_and_a_students_step(cuda, folded, hard):
     images = torch.zeros(8, 3, 32, 32, dtype=torch.uint8, device=cuda)
     views = relabel.draw_views(0, 0, 8, 32, 0.08).to(cuda)
     logits = relabel.soft_labels(on_cuda(folded), TEACHER, images, views, 5)
-    assert relabel.compress(logits, 2).device.type == "cuda"
-    assert relabel.expand(relabel.compress(logits, 2), 2, 4).shape == (8, 4)
+    assert logits.device.type == "cuda"
     args = Namespace(network="convnet", lr=0.1, wd=0.1, ema=0.99, batch=4, epochs=2, hard=hard, temperature=20.0,
                      schedule="stretched", online=False, teacher=None)
     job = Namespace(images=images, content=dict(**TEACHER, labels=torch.arange(8) % 4), seed=0, run="run", step=0,

@@ -162,21 +162,57 @@ def test_artefacts_cut_at_every_tenth(here):
         path.write_bytes(raw)
 
 
-def test_labels_of_a_killed_run_are_taken_up_to_the_first_damaged_one(here):
+@pytest.mark.parametrize("lines, half, epochs, name", [
+    (6, 0, 6, "soft_labels.npy"), (6, 0, 6, "soft_labels.npy.tmp"),        # killed at the very end
+    (3, 0, 4, "soft_labels.npy.tmp"), (3, 20, 4, "soft_labels.npy.tmp"),   # an epoch without its line, a line cut off
+    (4, 0, 4.5, "soft_labels.npy.tmp"), (6, 20, 2.5, "soft_labels.npy.tmp"),       # a file cut off
+    (0, 0, 0, "soft_labels.npy.tmp"), (0, 9, -1, "soft_labels.npy.tmp"), (4, 0, None, None)])
+def test_labels_of_a_killed_run_are_taken_as_far_as_they_are_whole(here, monkeypatch, lines, half, epochs, name):
+    """lines of log.jsonl and bytes of the next one; epochs of the file (of 8 images and 4 classes) after its header."""
     recover.main(["--iterations", "0", "--ipc", "2"])
     run = Path("runs/toy-convnet/real-ipc2")
-    relabel.main([str(run), "--epochs", "6", "--top-k", "2"])
+    relabel.main([str(run), "--epochs", "6"])
     folder, path = run / "labels", run / "labels" / "soft_labels.npy"
-    whole = path.read_bytes()
-    assert relabel.epochs_done(path) == 6
+    whole, log = path.read_bytes(), (folder / "log.jsonl").read_text().splitlines(keepends=True)
+    assert len(whole) == 128 + 6 * 8 * 4 * 2
     config = squeeze.read_json(folder / "config.json")
+    draw, seen = relabel.draw_views, []
+    monkeypatch.setattr(relabel, "draw_views", lambda seed, epoch, *rest: seen.append(epoch) or draw(seed, epoch, *rest))
+    for again in range(2):                                 # and once more over what the first resumption wrote
+        squeeze.save(folder / "config.json", {**config, "artefacts": {}, "results": {}})
+        (folder / "log.jsonl").write_text("".join(log[:lines]) + "".join(log[lines:lines + 1])[:half])
+        path.unlink()
+        if name:
+            (folder / name).write_bytes(whole[:int(128 + epochs * 64)])
+        seen.clear()
+        relabel.main([str(run), "--epochs", "6", "--resume"])
+        assert seen == list(range(max(0, min(lines, int(epochs or 0))), 6)) and path.read_bytes() == whole
+        assert not (folder / "soft_labels.npy.tmp").exists()
+
+
+def test_a_log_line_cut_off_is_not_counted_twice(here, monkeypatch):
+    """The line after it continues it: together they are one, as they are one epoch."""
+    recover.main(["--iterations", "0", "--ipc", "2"])
+    run = Path("runs/toy-convnet/real-ipc2")
+    relabel.main([str(run), "--epochs", "6"])
+    whole, folder = (run / "labels" / "soft_labels.npy").read_bytes(), run / "labels"
+    config, log = squeeze.read_json(folder / "config.json"), (folder / "log.jsonl").read_text().splitlines(keepends=True)
     squeeze.save(folder / "config.json", {**config, "artefacts": {}, "results": {}})
-    raw = bytearray(whole)
-    raw[128 + 3 * 8 * 5 * 2] ^= 1                          # in epoch 4
-    path.write_bytes(raw)
-    assert relabel.epochs_done(path) == 3
-    relabel.main([str(run), "--epochs", "6", "--top-k", "2", "--resume"])
-    assert path.read_bytes() == whole
+    (folder / "log.jsonl").write_text("".join(log[:2]) + log[2][:9])
+    (folder / "soft_labels.npy").rename(folder / "soft_labels.npy.tmp")
+    (folder / "soft_labels.npy.tmp").write_bytes(whole[:128 + 3 * 64])
+    draw, seen = relabel.draw_views, []
+
+    def dies(seed, epoch, *rest):
+        seen.append(epoch)
+        if seen == [2, 3, 4]:
+            raise KeyboardInterrupt
+        return draw(seed, epoch, *rest)
+    monkeypatch.setattr(relabel, "draw_views", dies)
+    with pytest.raises(KeyboardInterrupt):
+        relabel.main([str(run), "--epochs", "6", "--resume"])
+    relabel.main([str(run), "--epochs", "6", "--resume"])
+    assert seen == [2, 3, 4, 4, 5] and (folder / "soft_labels.npy").read_bytes() == whole
 
 
 # ---- strangers' files
@@ -188,7 +224,7 @@ def test_hostile_pickles_run_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     one_line(squeeze.main, ["--teacher", "evil.pt"], "evil.pt", "not a readable state dict")
     np.save("soft_labels.npy", np.array([evil], object), allow_pickle=True)
-    one_line(lambda flags: relabel.check_labels(Path(), dict(keep_epochs=1, top_k=None), 1, 1), [], "soft_labels.npy")
+    one_line(lambda flags: relabel.check_labels(Path("soft_labels.npy"), (1, 1, 1)), [], "soft_labels.npy")
     folder = Path("data/cifar-10-batches-py")
     folder.mkdir(parents=True)
     for name in ("batches.meta", "data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"):
@@ -255,19 +291,14 @@ def test_images_that_do_not_fit_are_refused(here):
 
 
 def test_labels_that_do_not_fit_are_refused(tmp_path):
-    s, fine = dict(keep_epochs=2, top_k=None), np.zeros((2, 8, 4), np.float16)
+    path, fine = tmp_path / "soft_labels.npy", np.zeros((2, 8, 4), np.float16)
     holed = fine.copy()
     holed[1, 2, 3] = math.nan
     for bad in (holed, fine + np.float16(math.inf), fine[:1], fine.astype(np.float32), fine[..., :3]):
-        np.save(tmp_path / "soft_labels.npy", bad)
-        one_line(lambda flags: relabel.check_labels(tmp_path, s, 8, 4), [], "soft_labels.npy", "remove")
-    np.save(tmp_path / "soft_labels.npy", fine)
-    relabel.check_labels(tmp_path, s, 8, 4)
-    s, fine = {**s, "top_k": 2}, np.concatenate([fine[..., :3], np.full((2, 8, 2), 3, np.float16)], 2)
-    np.save(tmp_path / "soft_labels.npy", fine)
-    relabel.check_labels(tmp_path, s, 8, 4)
-    np.save(tmp_path / "soft_labels.npy", fine + np.float16(1))                # class 4 of 4
-    one_line(lambda flags: relabel.check_labels(tmp_path, s, 8, 4), [], "soft_labels.npy")
+        np.save(path, bad)
+        one_line(lambda flags: relabel.check_labels(path, (2, 8, 4)), [], "soft_labels.npy", "remove")
+    np.save(path, fine)
+    relabel.check_labels(path, (2, 8, 4))
 
 
 NAMES = ["../../x", "/etc/passwd", "..", ".", "a/b", "a\\b", "con", "COM1.txt", "Great White", " lead", "trail.", "Cat", "cat",
