@@ -8,7 +8,6 @@ Each epoch shows a student the views that relabel.py showed the teacher, with th
 (KL divergence at temperature T). Reported is the last epoch, mean and deviation over seeds, of the averaged student:
 the exponential average of the weights (0.99 a step, less at first). Raw last epochs, shown beside it, swing by points;
 best test epochs flatter and are not looked at. Missing labels are made first. Writes RUN/result.json."""
-import itertools
 import math
 import time
 from pathlib import Path
@@ -27,10 +26,6 @@ import spectral
 import squeeze
 from squeeze import BadInput, Namespace, number
 
-def learning_rate(progress, args):
-    """Rate at `progress` in [0, 1]: a cosine to zero, or `stretched` to end at half the rate (the authors' code)."""
-    return args.lr * (1 + math.cos(math.pi * progress / (2 if args.schedule == "stretched" else 1))) / 2
-
 def student_loss(logits, target, args):
     """KL(teacher || student) at temperature T, mean over the batch; --hard: cross-entropy to CutMix's mixed labels."""
     if args.hard:
@@ -38,44 +33,31 @@ def student_loss(logits, target, args):
     student, teacher = F.log_softmax(logits / args.temperature, 1), F.log_softmax(target / args.temperature, 1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
-def answers(job, args):
-    """answer(epoch, views) -> what the students are to say to an epoch's views, [N, K]: the stored logits; with
-    --online the teacher's, asked now (rounded as if stored); with --hard one-hot labels, mixed by area."""
-    device, K = job.images.device, len(job.content["classes"])
-    hot = F.one_hot(job.content["labels"], K).float().to(device)
+def targets(job, args, epoch, views):
+    """What a student is to say to an epoch's views, [N, K]: the stored logits; with --online the teacher's, asked now
+    (rounded as if stored); with --hard one-hot labels, mixed by area."""
     if args.online:
-        network, teacher, _ = squeeze.load_teacher(job.labeller, device)
-    def answer(epoch, views):
-        if args.hard:
-            share = relabel.patch_mask(views.patch, job.images.shape[-1]).float().mean((1, 2, 3))[:, None]
-            return (1 - share) * hot + share * hot[views.partner]
-        if args.online:
-            return relabel.soft_labels(network, teacher, job.images, views, 500).half().float()
-        logits = np.load(job.stored / "soft_labels.npy", mmap_mode="r")[epoch]
-        return torch.from_numpy(logits.astype(np.float32)).to(device)
-    return answer
+        return relabel.soft_labels(*job.teacher, job.images, views, 500).half().float()
+    if args.hard:
+        hot = F.one_hot(job.content["labels"], len(job.content["classes"])).float().to(job.images.device)
+        share = relabel.patch_mask(views.patch, job.images.shape[-1]).float().mean((1, 2, 3))[:, None]
+        return (1 - share) * hot + share * hot[views.partner]
+    logits = np.load(job.stored / "soft_labels.npy", mmap_mode="r")[epoch]
+    return torch.from_numpy(logits.astype(np.float32)).to(job.images.device)
 
-def make_student(job, args, seed):
-    """(student, its average, optimiser). The average's decay after n steps is min(ema, (1 + n) / (10 + n)): with a
-    constant one, 9 % of the random start would be left after 240 steps."""
-    torch.manual_seed(seed)
-    student = squeeze.build_network(args.network, len(job.content["classes"]), job.images.shape[-1],
-                                    job.content["precision"]).to(job.images.device)
-    optimizer = torch.optim.AdamW(student.parameters(), args.lr, weight_decay=args.wd)
-    def update(averages, weights, count):                  # count is on the device: reading it would wait
-        get_ema_multi_avg_fn(min(args.ema, (1 + job.step) / (10 + job.step)))(averages, weights, count)
-    return student, AveragedModel(student, multi_avg_fn=update, use_buffers=True), optimizer
-
-def train_epoch(job, args, student, average, optimizer, epoch):
-    """One epoch of a student on its views and labels. Returns the last step's loss."""
-    content, N, stored = job.content, len(job.images), epoch % job.labels["keep_epochs"]
-    views = relabel.draw_views(job.labels["seed"], stored, N, job.images.shape[-1], job.labels["scale"])
-    views = views.to(job.images.device)
-    wanted, steps = job.answer(stored, views), math.ceil(N / args.batch)
-    order = torch.from_numpy(np.random.default_rng([job.seed, epoch]).permutation(N)).to(job.images.device)
+def train_epoch(job, args, seed, epoch, student, average, optimizer):
+    """One epoch of a student on its views and labels. Returns the last step's loss. The rate is a cosine to zero, or
+    `stretched` to end at half the rate (the authors' code). The average's decay after n steps is min(ema, (1 + n) /
+    (10 + n)): with a constant one, 9 % of the random start would be left after 240 steps."""
+    content, N, device, stored = job.content, len(job.images), job.images.device, epoch % job.labels["keep_epochs"]
+    views = relabel.draw_views(job.labels["seed"], stored, N, job.images.shape[-1], job.labels["scale"], device)
+    wanted, steps = targets(job, args, stored, views), math.ceil(N / args.batch)
+    order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(N)).to(device)
     student.train()
-    for job.step, index in enumerate(order.split(args.batch), epoch * steps):
-        optimizer.param_groups[0]["lr"] = learning_rate(job.step / (args.epochs * steps), args)
+    for step, index in enumerate(order.split(args.batch), epoch * steps):
+        angle = math.pi * step / (args.epochs * steps) / (2 if args.schedule == "stretched" else 1)
+        optimizer.param_groups[0]["lr"] = args.lr * (1 + math.cos(angle)) / 2
+        average.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))
         view = squeeze.normalise(relabel.render(job.images, views, index), content["mean"], content["std"])
         loss = student_loss(squeeze.forward(student, view), wanted[index], args)
         optimizer.zero_grad(set_to_none=True)
@@ -86,28 +68,31 @@ def train_epoch(job, args, student, average, optimizer, epoch):
 
 def train_student(job, args, seed, checkpoint):
     """One student, from scratch or from its checkpoint (of at most a minute ago): (student, averaged student, seconds).
-    job: content (of images.pt), images (uint8, on the device), labels (settings of relabel.py), answer (see answers)
+    job: content (of images.pt), images (uint8, on the device), labels (settings of relabel.py), what targets asks for,
     and identity, what a checkpoint must have been made with to be continued."""
-    student, average, optimizer = make_student(job, args, seed)
-    parts, job.seed = dict(student=student, average=average, optimizer=optimizer), seed
-    state = squeeze.load_state(checkpoint) if checkpoint.is_file() else dict(epoch=0, seconds=0.0)
-    if state["epoch"]:
-        if state["identity"] != job.identity:
-            raise BadInput(f"{checkpoint}: a student of other labels or settings: remove it")
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+    torch.manual_seed(seed)
+    student = squeeze.build_network(args.network, len(job.content["classes"]), job.images.shape[-1],
+                                    job.content["precision"]).to(job.images.device)
+    parts = dict(student=student, average=AveragedModel(student, use_buffers=True),
+                 optimizer=torch.optim.AdamW(student.parameters(), args.lr, weight_decay=args.wd))
+    state = squeeze.load_state(checkpoint) if checkpoint.is_file() else dict(identity=job.identity, epoch=0, seconds=0)
+    if state["identity"] != job.identity:
+        raise BadInput(f"{checkpoint}: a student of other labels or settings: remove it")
+    for name in parts.keys() & state.keys():               # at the start none
+        parts[name].load_state_dict(state[name])
     start = saved = time.time()
     for epoch in range(state["epoch"], args.epochs):
-        loss = train_epoch(job, args, student, average, optimizer, epoch)
+        loss = train_epoch(job, args, seed, epoch, **parts)
         if time.time() - saved > 60:
             saved, rate = time.time(), (time.time() - start) / (epoch + 1 - state["epoch"]) / 60
-            squeeze.save(checkpoint, dict(identity=job.identity, epoch=epoch + 1, seconds=state["seconds"] + saved - start,
-                                          **{name: part.state_dict() for name, part in parts.items()}))
+            squeeze.save(checkpoint, dict(
+                identity=job.identity, epoch=epoch + 1, seconds=state["seconds"] + saved - start,
+                **{name: part.state_dict() for name, part in parts.items()}))
             print(f"{checkpoint.parent.name}: {args.network} seed {seed} epoch {epoch + 1}/{args.epochs}  "
                   f"loss {loss.item():.4f}  {(args.epochs - epoch - 1) * rate:.1f} min left", flush=True)
     if not all(weight.isfinite().all() for weight in student.parameters()):
         raise BadInput(f"--lr {args.lr}: the student's weights are not finite: use a lower one")
-    return student, average.module, state["seconds"] + time.time() - start
+    return student, parts["average"].module, state["seconds"] + time.time() - start
 
 # ---- One row of the table: all seeds of one student network on one run -----------------------------------------------
 
@@ -119,12 +104,10 @@ def load_job(run, args):
     squeeze.lock(run)
     if not args.resume and ((Path(run) / "result.json").exists() or list(Path(run).glob("student-*.pt"))):
         raise BadInput(f"{run}: its result.json or student-*.pt is in use: add --resume to add to it, or remove it")
-    made, validate = config["settings"], squeeze.read_config(parent, "squeeze")["settings"]["validate"]
-    if args.validate != validate:
-        raise BadInput(f"--validate: the teacher of {run} was trained with{'' if validate else 'out'} it: "
-                       f"{'add it' if validate else 'leave it out, or squeeze.py --validate'}")
-    data = squeeze.load_data(made["dataset"], args.data or made["data"], content["images"].shape[-1],
-                             len(content["classes"]), validate)
+    made, about = config["settings"], squeeze.read_config(parent, "squeeze")["settings"]
+    if args.validate != about["validate"]:
+        raise BadInput(f"--validate: {run}'s teacher was made with{'' if about['validate'] else 'out'} it: do the same")
+    data = squeeze.load_data(made["dataset"], args.data or made["data"], about["size"], about["classes"], args.validate)
     squeeze.check_data(data, content, config)
     data = data._replace(train=None, test=squeeze.in_memory(data, data.test, squeeze.pick_device()))
     return Namespace(run=run, content=content, made=made, labeller=labeller, stored=stored, inputs=inputs, data=data)
@@ -133,10 +116,8 @@ def find_labels(job, args):
     """Settings, hash and bytes of the labels a run's students learn from: those relabel.py stored, made if missing and
     checked, or with --online and --hard, which need none, the preset's."""
     if args.online or args.hard:
-        preset = squeeze.PRESETS[job.made["dataset"]]["relabel"]
-        epochs = args.epochs or preset["epochs"]
-        views = {**preset, "epochs": epochs, "keep_epochs": epochs, "seed": 0}
-        return views, job.inputs["teacher.pt"] if args.online else "", 0
+        made = squeeze.fill(Namespace(epochs=args.epochs, seed=0), squeeze.PRESETS[job.made["dataset"]]["relabel"])
+        return {**vars(made), "keep_epochs": made.epochs}, job.inputs["teacher.pt"] if args.online else "", 0
     flags = [f"--{flag}={getattr(args, flag)}" for flag in ("epochs", "teacher") if getattr(args, flag)]
     squeeze.ensure(job.stored, "relabel", [job.run, *flags], relabel.main, args.resume)
     labels = squeeze.read_config(job.stored, "relabel")
@@ -148,46 +129,36 @@ def find_labels(job, args):
     relabel.check_labels(squeeze.checked(job.stored, "soft_labels.npy", labels), shape)
     return labels["settings"], labels["artefacts"]["soft_labels.npy"], labels["results"]["label_bytes"]
 
-def recipe(job, network, args):
-    """(args, settings, name): the flags resolved for one student network on one run, of these what makes a student what
-    it is, and a name that tells what is not the default. Few images are trained in small batches, as in the authors'
-    code."""
-    preset, N = squeeze.PRESETS[job.made["dataset"]], len(job.images)
-    few, small, large = preset["batch"]
-    defaults = {**vars(parse([job.run])), "epochs": preset["relabel"]["epochs"], "batch": small if N <= few else large}
-    args = squeeze.fill(Namespace(**vars(args)), {"epochs": job.labels["epochs"], "batch": defaults["batch"]})
-    args.batch, defaults["batch"] = min(args.batch, N), min(defaults["batch"], N)
-    args.network, args.teacher = network, args.teacher and job.labeller.resolve().name     # its hash is in the labels'
-    chosen = squeeze.settings(args, ("runs", "report", "export", "data", "seeds"))
-    return args, chosen, "-".join([network, *squeeze.changed(chosen, defaults, ("network",))])
-
 def evaluate(job, network, args):
     """One row: all seeds of a student network on one run; result.json after each seed. Returns the row."""
-    args, chosen, name = recipe(job, network, args)
-    path = Path(job.run) / "result.json"
+    preset, N, path = squeeze.PRESETS[job.made["dataset"]], len(job.images), Path(job.run) / "result.json"
+    few, small, large = preset["batch"]                    # few images in small batches, as in the authors' code
+    usual = {"epochs": preset["relabel"]["epochs"], "batch": min(N, small if N <= few else large)}
+    args = Namespace(**{**vars(args), "network": network, "epochs": args.epochs or job.labels["epochs"],
+                        "batch": min(N, args.batch or usual["batch"]),
+                        "teacher": args.teacher and job.labeller.resolve().name})      # its hash is in the labels' one
+    chosen = squeeze.settings(args, ("runs", "report", "export", "data", "seeds"))
+    name = "-".join([network, *squeeze.changed(chosen, {**vars(parse([job.run])), **usual}, ("network",))])
     job.identity = {"settings": {**chosen, "precision": job.content["precision"]},
                     "views": job.labels, "labels": job.label_hash, "images": job.inputs["images.pt"]}
     result = squeeze.read_json(path)
     row = result.setdefault(name, {**job.identity, "seeds": {}})
     if row != {**row, **job.identity}:
         raise BadInput(f"{path}: {name} there is of other labels, images or settings: remove it to evaluate anew")
-    job.answer = answers(job, args)
     squeeze.show(Namespace(run=job.run, **chosen, seeds=args.seeds))
-    for seed in range(args.seeds):
-        if str(seed) not in row["seeds"]:
-            checkpoint = path.with_name(f"student-{name}-{seed}.pt")
-            raw, averaged, seconds = train_student(job, args, seed, checkpoint)
-            score, raw_score = (squeeze.accuracy(net, job.data, job.content) for net in (averaged, raw))
-            row["seeds"][str(seed)] = {"averaged": score, "raw": raw_score, "seconds": seconds}
-            print(f"{job.run}: {name} seed {seed}: {score:.2f} % averaged, {raw_score:.2f} % raw, {seconds:.0f} s",
-                  flush=True)
-            for kind in ("averaged", "raw"):               # deviation of the sample; 0 for one seed
-                scores = [seed[kind] for seed in row["seeds"].values()]
-                row[kind], row[kind + "_std"] = np.mean(scores), np.std(scores, ddof=min(1, len(scores) - 1))
-            row.update(seconds=sum(seed["seconds"] for seed in row["seeds"].values()),
-                       image_bytes=job.images.numel(), label_bytes=job.label_bytes)
-            squeeze.save(path, result)
-            checkpoint.unlink(missing_ok=True)
+    for seed in [n for n in range(args.seeds) if str(n) not in row["seeds"]]:
+        checkpoint = path.with_name(f"student-{name}-{seed}.pt")
+        student, average, seconds = train_student(job, args, seed, checkpoint)
+        averaged, raw = (squeeze.accuracy(network, job.data, job.content) for network in (average, student))
+        row["seeds"][str(seed)] = {"averaged": averaged, "raw": raw, "seconds": seconds}
+        print(f"{job.run}: {name} seed {seed}: {averaged:.2f} % averaged, {raw:.2f} % raw, {seconds:.0f} s", flush=True)
+        for kind in ("averaged", "raw"):                   # deviation of the sample; 0 for one seed
+            scores = [seed[kind] for seed in row["seeds"].values()]
+            row[kind], row[kind + "_std"] = np.mean(scores), np.std(scores, ddof=min(1, len(scores) - 1))
+        row.update(seconds=sum(seed["seconds"] for seed in row["seeds"].values()),
+                   image_bytes=job.images.numel(), label_bytes=job.label_bytes)
+        squeeze.save(path, result)
+        checkpoint.unlink(missing_ok=True)
     return row
 
 def export(run, target):
@@ -227,21 +198,20 @@ def intra_class_similarity(network, name, content, device):
         for part in content["images"].split(500):
             network(squeeze.normalise(part.to(device), content["mean"], content["std"]))
             H.append(F.normalize(features[name].float(), dim=1).cpu())
-    classes = (torch.cat(H)[content["labels"] == c] for c in range(len(content["classes"])))
+    classes = torch.cat(H)[content["labels"].argsort(stable=True)].split(content["labels"].bincount().tolist())
     means = [((own @ own.T).sum() - n) / (n * (n - 1)) for own in classes if (n := len(own)) > 1]  # not with itself
     return torch.stack(means).mean().item() if means else None
 
 def svg(path, curves, title, x_label, y_label, dashed=()):
     """{label: (x, y)} as one log-log line chart; no plotting package. dashed: labels drawn so, in the colour before."""
     curves = {label: [(x, y) for x, y in zip(*curve) if x > 0 and y > 0] for label, curve in curves.items()}
-    colours = itertools.cycle(["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"])
+    colours = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #000000 #999999".split() * len(curves)
     def axis(values, start, end):                          # (value -> pixel, ticks: decades, or steps within one)
         low, high = math.log10(min(values)), math.log10(max(values)) + 1e-9
         steps = [m * 10.0**d for d in range(math.floor(low), math.ceil(high)) for m in range(1, 10)]
         return (lambda v: start + (end - start) * (math.log10(v) - low) / (high - low),
                 [t for t in steps if low <= math.log10(t) <= high and (high - low < 1 or f"{t:e}"[0] == "1")])
-    xs, ys = zip(*itertools.chain(*curves.values()))
-    (place_x, ticks_x), (place_y, ticks_y) = axis(xs, 70, 470), axis(ys, 330, 40)
+    (place_x, ticks_x), (place_y, ticks_y) = map(axis, zip(*sum(curves.values(), [])), (70, 330), (470, 40))
     out = ['<svg xmlns="http://www.w3.org/2000/svg" width="700" height="380" font-family="sans-serif" font-size="12">',
            '<rect width="700" height="380" fill="white"/><path d="M70 40V330H470" fill="none" stroke="black"/>',
            f'<text x="270" y="22" text-anchor="middle" font-size="14">{title}</text>',
@@ -250,7 +220,7 @@ def svg(path, curves, title, x_label, y_label, dashed=()):
     out += [f'<text x="{place_x(t):.0f}" y="346" text-anchor="middle">{t:.3g}</text>' for t in ticks_x]
     out += [f'<text x="64" y="{place_y(t) + 4:.0f}" text-anchor="end">{t:.3g}</text>' for t in ticks_y]
     for i, (label, points) in enumerate(curves.items()):
-        colour, dashes = (colour, " stroke-dasharray='6 4'") if label in dashed else (next(colours), "")
+        colour, dashes = (colour, " stroke-dasharray='6 4'") if label in dashed else (colours.pop(0), "")
         spots = [f"{place_x(x):.1f},{place_y(y):.1f}" for x, y in points]
         out += [f'<polyline points="{" ".join(spots)}" fill="none" stroke="{colour}" stroke-width="2"{dashes}/>',
                 f'<text x="484" y="{56 + 18 * i}" fill="{colour}">{label}</text>']
@@ -258,12 +228,8 @@ def svg(path, curves, title, x_label, y_label, dashed=()):
             out += ['<circle cx="%s" cy="%s" r="4" fill="%s"/>' % (*spot.split(","), colour) for spot in spots]
     path.write_text("\n".join(out) + "\n</svg>\n")
 
-def responses(name, settings, layer):
-    """{label: (lambda, f)} of the filters of a recover or baselines run over the real spectrum of a layer; none of real
-    images."""
-    if not settings.get("iterations"):
-        return {}
-    args = Namespace(**settings)
+def responses(name, args, layer):
+    """{label: (lambda, f)} of the filters of a recover or baselines run over the real spectrum of a layer."""
     psi = layer["ffc"] if args.centred else spectral.Statistics(**layer).uncentred
     if "method" in args:
         pairs = baselines.METHODS[args.method][0](args)
@@ -291,10 +257,11 @@ def report(runs, device):
         radius, power, share = radial_psd(images)
         similarity = intra_class_similarity(network, statistics["head"], content, device)
         seconds = made["results"].get("seconds")
-        print(f"{name:34s} {100 * share:14.2f} % {similarity or math.nan:11.3f} {seconds or 0:8.0f}", flush=True)
         rows[name] = dict(high_share=share, similarity=similarity, psd=power.tolist(), seconds=seconds)
+        print(f"{name:34s} {100 * share:14.2f} % {similarity or math.nan:11.3f} {seconds or 0:8.0f}")
         curves[name] = radius.tolist(), power.tolist()
-        filters.update(responses(name, made["settings"], statistics["layers"][layer]))
+        if made["settings"].get("iterations"):             # real images have no filter
+            filters.update(responses(name, Namespace(**made["settings"]), statistics["layers"][layer]))
         by_round = images.view(ipc, K, *images.shape[1:]) if len(images) == ipc * K else images[None, :K]
         tiles += [by_round[k, c % K] for k in (0, len(by_round) - 1) for c in range(10)]
         rounds = by_round[:, :10].transpose(0, 1).flatten(0, 1) / 255
@@ -339,32 +306,30 @@ def parse(argv):
             raise BadInput(f"--{flag} has no effect with --hard: leave one out")
     return args
 
-def show_table(table, args):
-    line = "%-44s %-24s %-13s %2s %13s %13s %10s %10s %8s"
-    print("\n" + line % ("run", "labels of", "student", "n", "averaged", "raw", "images", "labels", "time"))
-    for *what, row in table:
-        scores = ("%6.2f ± %4.2f" % (row[kind], row[kind + "_std"]) for kind in ("averaged", "raw"))
-        sizes = ("%.2f MB" % (row[kind + "_bytes"] / 1e6) for kind in ("image", "label"))
-        print(line % (*what, len(row["seeds"]), *scores, *sizes, "%.0f s" % row["seconds"]))
-    print(f"top-1 {'held-out' if args.validate else 'test'} accuracy in %, last epoch, mean and deviation over n seeds"
-          f"; peak memory {squeeze.peak_memory(squeeze.pick_device()):.0f} MB\n"
-          "next: the same with recover.py --iterations 0, the honest rival")
-
 def main(argv):
-    args, table = parse(argv), []
+    args, device = parse(argv), squeeze.pick_device()
     if args.export:
         return export(args.runs[0], args.export)
     if args.report:
-        return report(args.runs, squeeze.pick_device())
+        return report(args.runs, device)
     jobs = [load_job(run, args) for run in args.runs]      # all runs are checked before any work
     for job in jobs:                                       # and have their labels before any student
         job.labels, job.label_hash, job.label_bytes = find_labels(job, args)
+    line = "%-44s %-24s %-13s %2s %13s %13s %10s %10s %8s"
+    table = ["", line % ("run", "labels of", "student", "n", "averaged", "raw", "images", "labels", "time")]
     while jobs:                                            # the images of one at a time on the device
         job = jobs.pop(0)
-        job.images, labeller = job.content["images"].to(squeeze.pick_device()), job.labeller.resolve().name
+        job.images = job.content["images"].to(device)
+        job.teacher = squeeze.load_teacher(job.labeller, device)[:2] if args.online else None
         for network in args.network or [job.made["network"]]:
-            table.append((job.run, "none" if args.hard else labeller, network, evaluate(job, network, args)))
-    show_table(table, args)
+            row = evaluate(job, network, args)
+            scores = ("%6.2f ± %4.2f" % (row[kind], row[kind + "_std"]) for kind in ("averaged", "raw"))
+            sizes = ("%.2f MB" % (row[kind + "_bytes"] / 1e6) for kind in ("image", "label"))
+            who = "none" if args.hard else job.labeller.resolve().name
+            table.append(line % (job.run, who, network, len(row["seeds"]), *scores, *sizes, f"{row['seconds']:.0f} s"))
+    print(*table, f"top-1 {'held-out' if args.validate else 'test'} accuracy in %, last epoch, mean and deviation over "
+          f"n seeds; peak memory {squeeze.peak_memory(device):.0f} MB",
+          "next: the same with recover.py --iterations 0, the honest rival", sep="\n")
 
 if __name__ == "__main__":
     squeeze.script(main)

@@ -31,25 +31,21 @@ class Views(NamedTuple):
     partner: torch.Tensor       # [N] int64: whose view is pasted
     patch: torch.Tensor         # [N, 4] int64 pixels: left, top, right, bottom of what is pasted (CutMix)
 
-    def to(self, device):
-        return Views(*(field.to(device) for field in self))
-
-def draw_views(seed, epoch, N, size, scale):
+def draw_views(seed, epoch, N, size, scale, device="cpu"):
     """The views of one epoch. Image i has row i of the stream of (seed, epoch): no batch, order or device enters.
     CutMix as its paper has it: area share of the patch uniform in [0, 1], sides cut at the image's border."""
     u = np.random.default_rng([seed, epoch]).random((N, 9))
-    side = np.sqrt(u[:, 5]) * size / 2
-    x, y = u[:, 6] * size, u[:, 7] * size
-    patch = np.stack([x - side, y - side, x + side, y + side], 1).round().clip(0, size).astype(np.int64)
-    return Views(squeeze.crop_boxes(u[:, :4], (scale, 1)), torch.from_numpy(u[:, 4] < 0.5),
-                 torch.from_numpy((u[:, 8] * N).astype(np.int64)), torch.from_numpy(patch))
+    centre, half = u[:, 6:8] * size, np.sqrt(u[:, 5:6]) * size / 2
+    patch = np.concatenate([centre - half, centre + half], 1).round().clip(0, size).astype(np.int64)
+    others = u[:, 4] < 0.5, (u[:, 8] * N).astype(np.int64), patch
+    return Views(squeeze.crop_boxes(u[:, :4], (scale, 1)).to(device), *(torch.from_numpy(v).to(device) for v in others))
 
 def patch_mask(patch, size):
     """bool [B, 1, S, S]: true where the partner's view is pasted."""
-    span = torch.arange(size, device=patch.device)
-    left, top, right, bottom = (side.view(-1, 1) for side in patch.unbind(1))
-    inside_x, inside_y = (span >= left) & (span < right), (span >= top) & (span < bottom)
-    return (inside_y[:, :, None] & inside_x[:, None, :])[:, None]
+    left, top, right, bottom = patch.view(-1, 4, 1, 1, 1).unbind(1)
+    x = torch.arange(size, device=patch.device)
+    y = x[:, None]
+    return (left <= x) & (x < right) & (top <= y) & (y < bottom)
 
 def render(images, views, index):
     """The views of images[index]: float [B, 3, S, S] in levels 0..255. images: uint8 [N, 3, S, S]."""
@@ -74,9 +70,8 @@ def labeller(run, config, teacher):
     found = squeeze.read_config(parent, "squeeze")
     if found["inputs"]["data"] != config["inputs"]["data"]:
         raise BadInput(f"--teacher {parent}: other training images than those of {run}: name one of the same data")
-    name = "labels" if parent.resolve() == own else f"labels-{parent.resolve().name}"
     inputs = {"images.pt": config["artefacts"]["images.pt"], "teacher.pt": found["artefacts"]["teacher.pt"]}
-    return parent, Path(run) / name, inputs
+    return parent, Path(run) / ("labels" if parent.resolve() == own else f"labels-{parent.resolve().name}"), inputs
 
 def check_labels(path, shape):
     """Refuse stored labels that do not fit the run, whatever their config says."""
@@ -90,8 +85,6 @@ def write(path, shape, label):
     """All epochs in order; label(epoch): the teacher's logits [N, K]. Each is appended and flushed to the disk, then
     counted by a line of log.jsonl: a killed run goes on after those that are whole by the count and by the size."""
     part, log, size = path.with_name(path.name + ".tmp"), path.with_name("log.jsonl"), 2 * math.prod(shape[1:])
-    if path.exists():                                      # killed at the very end
-        path.replace(part)
     done = log.read_bytes().count(b"\n") if log.is_file() else 0
     with squeeze.writing(part, "r+b" if part.exists() else "wb") as file:      # mapped, a full disk would be a crash
         np.lib.format.write_array_header_1_0(file, dict(descr="<f2", fortran_order=False, shape=shape))
@@ -119,42 +112,32 @@ def load_run(run):
     if teacher["artefacts"]["teacher.pt"] != config["inputs"]["teacher.pt"]:
         raise BadInput(f"{run}: made with another teacher than the one in {parent}: recover again")
     content, size = squeeze.load_state(squeeze.checked(run, "images.pt", config)), teacher["settings"]["size"]
-    if not fits(content, size):
-        raise BadInput(f"{run}/images.pt: not uint8 images [N, 3, {size}, {size}] with labels, class names, mean and "
-                       "std, as recover.py writes them: make it again")
-    return content, config, parent
-
-def fits(content, size):
-    """Whether images.pt, which may be a stranger's and anything, holds what later stages rely on."""
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception):                   # it may be a stranger's and anything
         images, labels, K = content["images"], content["labels"], len(content["classes"])
         values = content["mean"] + content["std"]
-        return (images.dtype == torch.uint8 and labels.dtype == torch.int64 and images.is_contiguous()
+        if (images.dtype == torch.uint8 and labels.dtype == torch.int64 and images.is_contiguous()
                 and images.shape == (*labels.shape, 3, size, size) and 0 <= labels.min() and labels.max() < K
                 and K == len({name for name in content["classes"] if isinstance(name, str) and name})
                 and len(values) == 6 and all(map(math.isfinite, values)) and min(content["std"]) > 0
-                and content["precision"] in ("float32", "bfloat16"))
-    return False
+                and content["precision"] in ("float32", "bfloat16")):
+            return content, config, parent
+    raise BadInput(f"{run}/images.pt: not images [N, 3, {size}, {size}], labels, classes, mean and std: make it again")
 
 def import_images(parent, source, resume):
     """Make a run folder inside the squeeze run `parent` out of an image folder source/<class>/*: returns its path.
     Classes are matched by name. Images are ordered by position in their class, then by class, as recover.py's."""
-    parent, source = Path(parent), Path(source)
-    config = squeeze.read_config(parent, "squeeze")
-    teacher = squeeze.load_state(squeeze.checked(parent, "teacher.pt", config))
-    present, pairs = squeeze.class_folders(source), zip(teacher["classes"], squeeze.folder_names(teacher["classes"]))
-    folders = [name if name in present and folder not in present else folder for name, folder in pairs]
+    _, teacher, config = squeeze.load_teacher(parent, "cpu")
+    classes, present, size = teacher["classes"], squeeze.class_folders(source), teacher["size"]
+    folders = [folder if folder in present else name for name, folder in zip(classes, squeeze.folder_names(classes))]
     if strange := sorted(set(present) - set(folders)):
         raise BadInput(f"--images {source}: class {strange[0]!r} is none of the teacher's in {parent}")
-    files, size = squeeze.image_files(source, folders), teacher["size"]
-    counts = files.labels.unique_consecutive(return_counts=True)[1]
-    position = torch.cat([torch.arange(n) for n in counts])                # of each image in its class
+    files = squeeze.image_files(source, folders)
+    position = torch.cat([torch.arange(n) for n in files.labels.unique_consecutive(return_counts=True)[1]])
     files = squeeze.select(files, np.lexsort((files.labels, position)))
     images, folder = torch.empty(len(position), 3, size, size, dtype=torch.uint8), parent / source.resolve().name
     for i, (image, _) in enumerate(squeeze.stream(files, T.PILToTensor(), 1)):
         if image.shape[2:] != (size, size):
-            raise BadInput(f"{files.images[i]}: {tuple(image.shape[2:])} pixels found, the teacher takes {size} "
-                           "squared: mend it")
+            raise BadInput(f"{files.images[i]}: {tuple(image.shape[2:])} pixels found, not {size} squared: mend it")
         images[i] = image[0]
     digest = hashlib.sha256(images.numpy().tobytes() + files.labels.numpy().tobytes()).hexdigest()
     inputs = {"data": config["inputs"]["data"], "images": digest, **config["artefacts"]}
@@ -166,7 +149,7 @@ def import_images(parent, source, resume):
                                                 settings={"images": source.name}))
         squeeze.finish_run(folder, run, ["images.pt"], image_bytes=images.numel())
     print(f"images: {len(images)} from {source}, in {folder}")
-    return str(folder)
+    return folder
 
 def parse(argv):
     parser = squeeze.Parser(__doc__)
@@ -190,7 +173,7 @@ def main(argv):
     if args.keep_epochs > args.epochs:
         raise BadInput(f"--keep-epochs {args.keep_epochs} found, must be at most --epochs {args.epochs}")
     squeeze.show(args)
-    run = import_images(args.run, args.images, args.resume) if args.images else args.run
+    run = import_images(Path(args.run), Path(args.images), args.resume) if args.images else args.run
     content, config, _ = load_run(run)
     parent, folder, inputs = labeller(run, config, args.teacher)
     shape = args.keep_epochs, len(content["images"]), len(content["classes"])
@@ -201,12 +184,14 @@ def main(argv):
     network, teacher, _ = squeeze.load_teacher(parent, device)
     images, args.precision = content["images"].to(device), teacher["precision"]
     def label(epoch):
-        views = draw_views(args.seed, epoch, len(images), images.shape[-1], args.scale).to(device)
+        views = draw_views(args.seed, epoch, len(images), images.shape[-1], args.scale, device)
         return soft_labels(network, teacher, images, views, args.batch)
-    config = squeeze.open_run(folder, "relabel", squeeze.settings(args, ("run", "images", "teacher")), inputs, args.resume)
+    settings = squeeze.settings(args, ("run", "images", "teacher"))
+    config = squeeze.open_run(folder, "relabel", settings, inputs, args.resume)
     if not config["artefacts"]:
         print(f"{path}: logits {list(shape)}, {size / 1e6:.2f} MB; images are {images.numel() / 1e6:.2f} MB")
-        write(path, shape, label)
+        if not path.exists():                              # it does if a run was killed at the very end
+            write(path, shape, label)
         squeeze.finish_run(folder, config, [path.name], label_bytes=size)
     print(f"labels: {path}, {size / 1e6:.2f} MB, peak memory {squeeze.peak_memory(device):.0f} MB\n"
           f"next: python eval.py {run}" + (f" --teacher {args.teacher}" if args.teacher else ""))

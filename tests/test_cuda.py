@@ -125,17 +125,17 @@ def test_the_backward_of_covariance(cuda):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("hard", [False, True])
-def test_relabel_and_a_students_step(cuda, folded, hard):
+def test_relabel_and_a_students_step(cuda, folded, hard, monkeypatch):
     images = torch.zeros(8, 3, 32, 32, dtype=torch.uint8, device=cuda)
-    views = relabel.draw_views(0, 0, 8, 32, 0.08).to(cuda)
+    views = relabel.draw_views(0, 0, 8, 32, 0.08, cuda)
     logits = relabel.soft_labels(on_cuda(folded), TEACHER, images, views, 5)
     assert logits.device.type == "cuda"
     args = Namespace(network="convnet", lr=0.1, wd=0.1, ema=0.99, batch=4, epochs=2, hard=hard, temperature=20.0,
                      schedule="stretched", online=False, teacher=None)
-    job = Namespace(images=images, content=dict(**TEACHER, labels=torch.arange(8) % 4), seed=0, run="run", step=0,
-                    labels=dict(keep_epochs=2, seed=0, scale=0.08), answer=lambda epoch, views: logits)
-    if hard:
-        job.answer = evaluation.answers(job, args)
-    student, average, optimizer = evaluation.make_student(job, args, 0)
-    assert evaluation.train_epoch(job, args, student, average, optimizer, 0).device.type == "cuda"
+    job = Namespace(images=images, content=dict(**TEACHER, labels=torch.arange(8) % 4), identity={},
+                    labels=dict(keep_epochs=2, seed=0, scale=0.08))
+    if not hard:
+        monkeypatch.setattr(evaluation, "targets", lambda *args: logits)
+    student, average, _ = evaluation.train_student(job, args, 0, Path("no checkpoint"))
+    assert all(weight.device.type == "cuda" for part in (student, average) for weight in part.parameters())
     assert math.isfinite(squeeze.accuracy(student, data_on(cuda), TEACHER))
