@@ -149,7 +149,7 @@ def evaluate(job, network, args):
     for seed in [n for n in range(args.seeds) if str(n) not in row["seeds"]]:
         checkpoint = path.with_name(f"student-{name}-{seed}.pt")
         student, average, seconds = train_student(job, args, seed, checkpoint)
-        averaged, raw = (squeeze.accuracy(network, job.data, job.content) for network in (average, student))
+        averaged, raw = (squeeze.accuracy(net, job.data, job.content) for net in (average, student))
         row["seeds"][str(seed)] = {"averaged": averaged, "raw": raw, "seconds": seconds}
         print(f"{job.run}: {name} seed {seed}: {averaged:.2f} % averaged, {raw:.2f} % raw, {seconds:.0f} s", flush=True)
         for kind in ("averaged", "raw"):                   # deviation of the sample; 0 for one seed
@@ -312,8 +312,8 @@ def main(argv):
         return export(args.runs[0], args.export)
     if args.report:
         return report(args.runs, device)
-    jobs = [load_job(run, args) for run in args.runs]      # all runs are checked before any work
-    for job in jobs:                                       # and have their labels before any student
+    jobs = [load_job(run, args) for run in args.runs]      # all checks of all runs before any work,
+    for job in sorted(jobs, key=lambda job: not job.stored.is_dir()):      # also of the labels that are there
         job.labels, job.label_hash, job.label_bytes = find_labels(job, args)
     line = "%-44s %-24s %-13s %2s %13s %13s %10s %10s %8s"
     table = ["", line % ("run", "labels of", "student", "n", "averaged", "raw", "images", "labels", "time")]

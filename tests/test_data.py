@@ -221,6 +221,15 @@ def test_ways_to_store_fewer_labels(here, monkeypatch):
     assert json.loads((run / "result.json").read_text())["convnet-epochs4"]["label_bytes"] == 2 * 2 * 8 * 4
 
 
+def test_labels_that_are_there_are_checked_before_others_are_made(here):
+    for ipc in ("1", "2"):
+        recover.main(["--ipc", ipc, "--iterations", "0"])
+    runs = [Path(f"runs/toy-convnet/real-ipc{ipc}") for ipc in (1, 2)]
+    relabel.main([str(runs[1]), "--epochs", "2"])
+    one_line(evaluation.main, [*runs, "--epochs", "3"], "real-ipc2", "holds 2")
+    assert not (runs[0] / "labels").exists()
+
+
 def test_relabel_resumes_to_the_same_labels(here, monkeypatch):
     recover.main(["--ipc", "2", "--iterations", "0"])
     run = Path("runs/toy-convnet/real-ipc2")
