@@ -121,7 +121,7 @@ def load_run(run):
                 and len(values) == 6 and all(map(math.isfinite, values)) and min(content["std"]) > 0
                 and content["precision"] in ("float32", "bfloat16")):
             return content, config, parent
-    raise BadInput(f"{run}/images.pt: not images [N, 3, {size}, {size}], labels, classes, mean and std: make it again")
+    raise BadInput(f"{run}/images.pt: not uint8 images [N, 3, {size}, {size}], labels, classes, mean, std: make it again")
 
 def import_images(parent, source, resume):
     """Make a run folder inside the squeeze run `parent` out of an image folder source/<class>/*: returns its path.
@@ -132,7 +132,7 @@ def import_images(parent, source, resume):
     if strange := sorted(set(present) - set(folders)):
         raise BadInput(f"--images {source}: class {strange[0]!r} is none of the teacher's in {parent}")
     files = squeeze.image_files(source, folders)
-    position = torch.cat([torch.arange(n) for n in files.labels.unique_consecutive(return_counts=True)[1]])
+    position = torch.cat([torch.arange(n) for n in files.labels.unique_consecutive(return_counts=True)[1]])  # in class
     files = squeeze.select(files, np.lexsort((files.labels, position)))
     images, folder = torch.empty(len(position), 3, size, size, dtype=torch.uint8), parent / source.resolve().name
     for i, (image, _) in enumerate(squeeze.stream(files, T.PILToTensor(), 1)):
