@@ -121,7 +121,7 @@ def load_run(run):
                 and len(values) == 6 and all(map(math.isfinite, values)) and min(content["std"]) > 0
                 and content["precision"] in ("float32", "bfloat16")):
             return content, config, parent
-    raise BadInput(f"{run}/images.pt: not uint8 images [N, 3, {size}, {size}], labels, classes, mean, std: make it again")
+    raise BadInput(f"{run}/images.pt: not uint8 images [N, 3, {size}, {size}], labels, classes, mean, std: mend it")
 
 def import_images(parent, source, resume):
     """Make a run folder inside the squeeze run `parent` out of an image folder source/<class>/*: returns its path.

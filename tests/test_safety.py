@@ -285,8 +285,8 @@ def test_images_that_do_not_fit_are_refused(here):
     for forged in (*({**content, **change} for change in bad), images, [content]):
         squeeze.save(run / "images.pt", forged)
         squeeze.finish_run(run, config, ["images.pt"])     # the stranger's config vouches for it
-        one_line(lambda flags: relabel.load_run(run), [], "images.pt", "make it again")
-    one_line(evaluation.main, [run], "images.pt", "make it again")
+        one_line(lambda flags: relabel.load_run(run), [], "images.pt", "mend it")
+    one_line(evaluation.main, [run], "images.pt", "mend it")
 
 
 def test_labels_that_do_not_fit_are_refused(tmp_path):
