@@ -13,7 +13,7 @@ Letters:
     pairs       [(g, f), ...]: what is compared (Theorem 1); CFM's by `cfm_pairs`, other methods' in baselines.py
 Large lambda is low frequency (colour, coarse shape), small lambda is high frequency (texture, diversity).
 
-Needs torch and einops. No I/O, no global state, no device choice: everything happens where the arguments are. Mistakes
+Needs torch alone. No I/O, no global state, no device choice: everything happens where the arguments are. Mistakes
 in them are ValueErrors that name the argument; features that are not finite show as a loss that is not.
 All of it, from a loader to the gradient of some images:
     >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
@@ -34,17 +34,15 @@ from contextlib import ExitStack, contextmanager
 from typing import Callable, Iterable, NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 __all__ = ["is_main_convolution", "collect_inputs", "Statistics", "moments", "merge", "real_statistics", "identity",
-           "low_pass", "ridge", "gradient_descent", "spectral_filter", "ridge_filter", "alpha_schedule", "cfm_pairs",
-           "matching"]
-LAYOUTS = {"plain": "b c -> b c", "map": "b c ... -> (b ...) c", "tokens": "b ... c -> (b ...) c"}
+           "low_pass", "ridge", "gradient_descent", "spectral_filter", "alpha_schedule", "cfm_pairs", "matching"]
+LAYOUTS = {"plain": (2,), "map": (3, 4, 5), "tokens": (3, 4, 5)}       # and how many axes such features have
 # Statistics and filters never use half precision, whatever autocast is around.
 single = lambda x: x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 full_precision = lambda x: torch.autocast(x.device.type, enabled=False)
-blocks = lambda X, mean: (single(block) - mean for block in X.split(max(4096, len(X) // 16)))
+blocks = lambda X: X.split(max(4096, len(X) // 16))        # rows, to go through without a second X in memory
 
 # ---- Features, the inputs of a frozen network's modules, and their FFC and FLC (Eq. 15-16) ---------------------------
 
@@ -76,8 +74,8 @@ def collect_inputs(network: nn.Module, select: Callable = is_main_convolution, t
         again = torch._C._current_graph_task_id() != -1    # a checkpoint in backward: it must save the same tensors
         if threading.get_ident() != owner and not again:
             return
-        x = output if outputs else next(iter((*args, *kwargs.values())), None)
-        x = x[0] if outputs and isinstance(x, tuple) else x
+        x = output if outputs else (*args, *kwargs.values())
+        x = x[0] if isinstance(x, tuple) and x else x
         lost = grad == [True] and not torch.is_grad_enabled()
         wrong = f"takes or gives a {type(x).__name__}" if not torch.is_tensor(x) else "runs without gradient in a " \
             "network with one (a checkpoint: use_reentrant=False)" if lost else \
@@ -108,9 +106,9 @@ def rows(features, layout=None):
     """Features as the rows of X [n, C]. layout: "plain" [B, C]; "map" [B, C, ...] with one to three axes of pixels;
     "tokens" [B, ..., C], channels-last maps too; None: plain or map by two or four axes. ValueError otherwise."""
     layout = layout or {2: "plain", 4: "map"}.get(features.ndim)
-    if layout not in LAYOUTS or features.ndim not in ((2,) if layout == "plain" else (3, 4, 5)) or not features.numel():
+    if features.ndim not in LAYOUTS.get(layout, ()) or not features.numel():
         raise ValueError(f"layout {layout!r} found for features {tuple(features.shape)}, must be one of {LAYOUTS}")
-    return rearrange(features, LAYOUTS[layout])
+    return (features.movedim(1, -1) if layout == "map" else features).flatten(0, -2)
 
 class Statistics(NamedTuple):
     """What is kept of a layer: of a batch (with gradient), of a set, of the finished batches."""
@@ -138,8 +136,9 @@ class _Covariance(torch.autograd.Function):
 
     @staticmethod
     def forward(X):
-        mean = X.mean(0, dtype=single(X[:1]).dtype)        # by blocks: no second X, and float64 sums
-        return (sum((part.T @ part).double() for part in blocks(X, mean)) / len(X)).to(mean.dtype), mean
+        mean = X.mean(0, dtype=single(X[:1]).dtype)
+        centred = (single(part) - mean for part in blocks(X))
+        return (sum((part.T @ part).double() for part in centred) / len(X)).to(mean.dtype), mean
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -149,8 +148,8 @@ class _Covariance(torch.autograd.Function):
     def backward(ctx, G, g):
         X, mean = ctx.saved_tensors
         with full_precision(G):
-            A, parts = (G + G.T) / len(X), X.split(max(4096, len(X) // 16))
-            return torch.cat([torch.addmm(g / len(X) - A @ mean, single(part), A).to(X.dtype) for part in parts])
+            A = (G + G.T) / len(X)
+            return torch.cat([torch.addmm(g / len(X) - A @ mean, single(part), A).to(X.dtype) for part in blocks(X)])
 
 def moments(features: Tensor, labels: Tensor | None = None, layout: str | None = None) -> Statistics:
     """The Statistics of one batch, with gradient: Psi = X^T X / n - m m^T and m = X^T 1 / n (Eq. 15-16).
@@ -165,7 +164,7 @@ def moments(features: Tensor, labels: Tensor | None = None, layout: str | None =
             return Statistics(len(X), mean, psi)
         if labels.ndim != 2 or len(labels) != len(features):
             raise ValueError(f"labels must be [B, K], B = {len(features)} (one-hot), found {tuple(labels.shape)}")
-        H, Y = rearrange(single(X), "(b p) c -> b p c", b=len(labels)).mean(1), labels.to(single(X))
+        H, Y = single(X).unflatten(0, (len(labels), -1)).mean(1), labels.to(single(X))
         return Statistics(len(X), mean, psi, H.T @ Y / len(H), Y.mean(0))
 
 def merge(a, b, step: int | None = None):
@@ -214,9 +213,20 @@ identity.matrix = lambda psi: torch.eye(psi.shape[-1], dtype=psi.dtype, device=p
 low_pass.matrix = lambda psi: psi
 
 def ridge(alpha: float) -> Callable:
-    """f = 1 / (lambda + alpha), high-pass: flat below alpha, falling above (FrePo, CFM). ValueError unless alpha > 0.
-    >>> ridge(1.)(torch.tensor([0., 9.]))
-    tensor([1.0000, 0.1000])"""
+    """f = 1 / (lambda + alpha), high-pass: flat below alpha, falling above (FrePo, CFM), with F = (Psi + alpha I)^-1
+    (Eq. 18) by Cholesky. ValueError unless alpha > 0.
+    Relative errors against float64, CIFAR-10, ConvNet-128: F of all images at the last convolution (C = 128, lambda_max
+    3); F and the gradient of CFM's loss of ten images at the head (C = 2048, rank 9, lambda_max 14), or there:
+        alpha                          1e-1   1e-2   1e-3   1e-4   1e-5   1e-6   1e-7   1e-8
+        float32, all: F                2e-7   1e-6   9e-6   2e-5   3e-5   3e-5   2e-5   3e-5
+        float32, ten, head: F          5e-7   6e-6   6e-5   6e-4   6e-3   6e-2   NaN    NaN
+        gradient                       1e-5   1e-4   1e-3   1e-2   0.14   1.7    NaN    NaN
+        bfloat16 features, ten: F      4e-4   1e-3   4e-3   9e-3   1e-2   1e-2   1e-2   1e-2
+        gradient                       5e-3   1e-2   3e-2   5e-2   5e-2   5e-2   5e-2   5e-2
+    Not below 1e-6 lambda_max in float32 where Psi is singular (few images); `matching` refuses 1.2e-7 ||Psi||, 1e-6 if
+    n <= C. A real side taken through a bfloat16 network is 0.1 to 0.35 % off in mean, FFC and FLC; F 0.3 % at 1e-3.
+    >>> ridge(1.)(torch.tensor([0., 9.])), spectral_filter(torch.eye(2), ridge(0.25)).diagonal()
+    (tensor([1.0000, 0.1000]), tensor([0.8000, 0.8000]))"""
     if not alpha > 0:
         raise ValueError(f"alpha must be > 0, found {alpha}")
     f = lambda lam: 1 / (lam + alpha)
@@ -251,20 +261,19 @@ class _SpectralFilter(torch.autograd.Function):
         if torch.is_grad_enabled():                        # once_differentiable lets some second derivatives be 0
             raise RuntimeError("spectral_filter by eigenvalues is differentiable once: no create_graph")
         lam, U = ctx.saved_tensors
-        a, b = lam.unsqueeze(-1), lam.unsqueeze(-2)
+        mean, apart = (lambda v: (v.unsqueeze(-1) + v.unsqueeze(-2)) / 2), (lambda v: v.unsqueeze(-1) - v.unsqueeze(-2))
         slope = torch.func.grad(lambda x: ctx.f(x).sum())  # f'
-        # Gamma_ij, the mean of f' between two eigenvalues: a difference of f, or by Simpson's rule where its last term
-        # is below that one's rounding, and both agree within it: f' can hide a narrow band or a step from the rule.
-        ends, value, gap = slope(lam), ctx.f(lam), torch.where(a == b, 1, a - b)
-        trapezoid = (ends.unsqueeze(-1) + ends.unsqueeze(-2)) / 2
-        middle = slope(((a + b) / 2).flatten(-2))          # [..., C * C]: f may hold one number a layer, [L, 1]
-        correction = 2 / 3 * (middle.view_as(trapezoid) - trapezoid)
-        difference = (value.unsqueeze(-1) - value.unsqueeze(-2)) / gap
-        unsure = value.abs() + (lam * ends).abs()          # f's own rounding, and that of its argument
-        rounding = torch.finfo(lam.dtype).eps * (unsure.unsqueeze(-1) + unsure.unsqueeze(-2)) / gap.abs()
+        # Gamma_ij, the mean of f' between two eigenvalues: a difference of f, or Simpson's rule where its last term is
+        # below that one's rounding (of f and its argument) and both agree: f' can hide a narrow band or step from it.
+        ends, value, gap = slope(lam), ctx.f(lam), apart(lam)
+        difference, trapezoid = apart(value) / gap, mean(ends)
+        middle = slope(mean(lam).flatten(-2)).view_as(gap)      # [..., C * C]: f may hold one number a layer, [L, 1]
+        correction = 2 / 3 * (middle - trapezoid)
+        rounding = 2 * torch.finfo(lam.dtype).eps * mean(value.abs() + (lam * ends).abs()) / gap.abs()
         agree = ((trapezoid + correction - difference).abs() <= 4 * rounding) & (correction.abs() <= rounding)
+        Gamma = torch.where((gap == 0) | agree, trapezoid + correction, difference)
         with full_precision(G):
-            return U @ (torch.where((a == b) | agree, trapezoid + correction, difference) * (U.mT @ G @ U)) @ U.mT, None
+            return U @ (Gamma * (U.mT @ G @ U)) @ U.mT, None
 
 class _Ridge(torch.autograd.Function):
     """F = (Psi + alpha I)^-1 by Cholesky; dF = -F dPsi F, so the backward is two products and no factorisation."""
@@ -272,9 +281,8 @@ class _Ridge(torch.autograd.Function):
 
     @staticmethod
     def forward(psi, alpha):
-        eye = torch.eye(psi.shape[-1], dtype=psi.dtype, device=psi.device)
-        factor, info = torch.linalg.cholesky_ex(psi + alpha * eye)   # _ex does not wait for the GPU, nor raise:
-        factor = torch.where((info == 0)[..., None, None], factor, math.nan)     # so that a failure shows in the loss
+        factor, info = torch.linalg.cholesky_ex(psi + alpha * identity.matrix(psi))    # _ex does not wait for the GPU,
+        factor = torch.where((info == 0)[..., None, None], factor, math.nan)           # nor raise: the loss shows it
         return torch.cholesky_inverse(factor)
 
     @staticmethod
@@ -300,22 +308,6 @@ def spectral_filter(ffc: Tensor, f: Callable) -> Tensor:
         psi = (single(ffc) + single(ffc).mT) / 2
         return f.matrix(psi) if hasattr(f, "matrix") else _SpectralFilter.apply(psi, f)
 
-def ridge_filter(ffc: Tensor, alpha: float) -> Tensor:
-    """F = (Psi + alpha I)^-1 [..., C, C] (Eq. 18) by Cholesky: the filter of CFM's pairs. ValueError unless alpha > 0.
-    Relative errors against float64, CIFAR-10, ConvNet-128: F of all images at the last convolution (C = 128, lambda_max
-    3); F and the gradient of CFM's loss of ten images at the head (C = 2048, rank 9, lambda_max 14), or there:
-        alpha                          1e-1   1e-2   1e-3   1e-4   1e-5   1e-6   1e-7   1e-8
-        float32, all: F                2e-7   1e-6   9e-6   2e-5   3e-5   3e-5   2e-5   3e-5
-        float32, ten, head: F          5e-7   6e-6   6e-5   6e-4   6e-3   6e-2   NaN    NaN
-        gradient                       1e-5   1e-4   1e-3   1e-2   0.14   1.7    NaN    NaN
-        bfloat16 features, ten: F      4e-4   1e-3   4e-3   9e-3   1e-2   1e-2   1e-2   1e-2
-        gradient                       5e-3   1e-2   3e-2   5e-2   5e-2   5e-2   5e-2   5e-2
-    Not below 1e-6 lambda_max in float32 where Psi is singular (few images); `matching` refuses 1.2e-7 ||Psi||, 1e-6 if
-    n <= C. A real side taken through a bfloat16 network is 0.1 to 0.35 % off in mean, FFC and FLC; F 0.3 % at 1e-3.
-    >>> ridge_filter(torch.eye(2), alpha=0.25).diagonal()
-    tensor([0.8000, 0.8000])"""
-    return spectral_filter(ffc, ridge(alpha))
-
 # ---- Curriculum Frequency Matching, and the objective of Eq. 1 -------------------------------------------------------
 
 def alpha_schedule(k: int, T: int, alpha_max: float, kind: str = "cosine") -> float:
@@ -335,17 +327,17 @@ def cfm_pairs(alpha: float | None) -> list:
     return [("I", f), ("x", f)]
 
 def filtered(layers, pairs, signal="mean", centred=True, side=0):
-    """(pairs, what each of them compares) for a stack of layers [Statistics, ...] of equal C: f(Psi) [L, C, C], its
-    diagonal [L, C, 1], or f(Psi) Phi [L, C, K]. side: 0 real, 1 synthetic."""
-    stack = Statistics(0, *(None if x[0] is None else torch.stack(x) for x in list(zip(*layers))[1:]))
-    psi, phi, out, filters = stack.ffc if centred else stack.uncentred, stack.mean.unsqueeze(-1), [], {}
-    if signal == "class":                                  # a class that is not there has share and flc 0
-        phi = stack.flc / (stack.share * stack.share.shape[-1]).clamp(min=torch.finfo(psi.dtype).tiny).unsqueeze(-2)
-    pairs = pairs(psi) if callable(pairs) else pairs
+    """(pairs, what each compares) for layers [Statistics, ...] of equal C, stacked: f(Psi) [L, C, C], its diagonal [L,
+    C, 1], or f(Psi) Phi [L, C, K]. side: 0 real, 1 synthetic."""
+    psi = torch.stack([layer.ffc if centred else layer.uncentred for layer in layers])
+    least = torch.finfo(psi.dtype).tiny                    # a class that is not there has share and flc 0
+    phi = torch.stack([layer.flc / (layer.share * len(layer.share)).clamp(min=least) if signal == "class" else
+                       layer.mean.unsqueeze(-1) for layer in layers])
+    out, filters, pairs = [], {}, pairs(psi) if callable(pairs) else pairs
     for g, *both in pairs:
-        f = both[min(side, len(both) - 1)]
         if g not in ("I", "diag", "x"):
             raise ValueError(f"pairs: g must be I, diag or x, found {g!r}")
+        f = both[-side]                                    # of (f,) or (f_real, f_syn)
         F = filters[f] = filters[f] if f in filters else spectral_filter(psi, f)      # CFM's two pairs share one
         out.append(F if g == "I" else F.diagonal(0, -2, -1)[..., None] if g == "diag" else F @ phi)
     return pairs, out
@@ -361,17 +353,18 @@ def matching(real: dict, pairs: list | Callable, signal: str = "mean", centred: 
     >>> X = torch.rand(20, 4)
     >>> matching({"fc": moments(X)}, cfm_pairs(0.1))({"fc": moments(X)})
     tensor(0.)"""
-    stacks, targets, sharpest = {}, [], math.inf
+    groups, targets, sharpest = {}, [], math.inf
     for name, layer in real.items():
-        stacks.setdefault(len(layer.mean), []).append(name)
+        groups.setdefault(len(layer.mean), []).append(name)
         if not layer.uncentred.isfinite().all():
             raise ValueError(f"real: the statistics of {name!r} are not finite")
         if signal not in ("mean", "class") or signal == "class" and (layer.flc is None or not layer.share.all()):
             raise ValueError(f"signal {signal!r}: must be mean, or class with images of every class in real[{name!r}]")
-    for names in stacks.values():
-        targets.append(filtered([real[name] for name in names], pairs, signal, centred))
+    for names in groups.values():
+        chosen, wanted = filtered([real[name] for name in names], pairs, signal, centred)
         norm = max(torch.linalg.matrix_norm(real[name].ffc).item() for name in names) + 1e-300
-        sharpest = min([sharpest, *(getattr(f, "alpha", math.inf) / norm for _, *both in targets[-1][0] for f in both)])
+        sharpest = min([sharpest, *(getattr(f, "alpha", math.inf) / norm for _, *both in chosen for f in both)])
+        targets.append((names, chosen, wanted))
     def loss(layers, memory=None, step=None):
         if layers.keys() != real.keys():
             raise ValueError(f"layers: {sorted(layers)} found, the real side has {sorted(real)}")
@@ -381,7 +374,7 @@ def matching(real: dict, pairs: list | Callable, signal: str = "mean", centred: 
             raise ValueError(f"alpha: {sharpest:.1e} of ||Psi|| is below what {dtype} resolves: raise alpha")
         if signal == "class" and any(layer.share is None for layer in joined.values()):
             raise ValueError("labels: signal 'class' needs moments with labels")
-        for names, (chosen, wanted) in zip(stacks.values(), targets):
+        for names, chosen, wanted in targets:
             with full_precision(wanted[0]):
                 found = filtered([joined[name] for name in names], chosen, signal, centred, 1)[1]
                 for (g, *_), a, b in zip(chosen, wanted, found):

@@ -36,6 +36,10 @@ def random_psi(C=7, n=20, **kw):
     return sp.moments(torch.randn(n, C, **f64), **kw).ffc
 
 
+def ridge_filter(ffc, alpha):
+    return sp.spectral_filter(ffc, sp.ridge(alpha))
+
+
 def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
@@ -106,7 +110,7 @@ def test_gradient_of_the_matching_loss_in_half_precision(alpha, loss):
     x, grads = x.requires_grad_(), []
     for leaf in (x, x.detach().double().requires_grad_()):
         _, phi, psi, *_ = sp.moments(leaf)
-        F_real, F_syn = sp.ridge_filter(real.to(psi.dtype), alpha), sp.ridge_filter(psi, alpha)
+        F_real, F_syn = ridge_filter(real.to(psi.dtype), alpha), ridge_filter(psi, alpha)
         value = torch.linalg.norm(F_real - F_syn) if loss == "filter" else \
             torch.linalg.norm(F_real @ mean.to(psi.dtype) - F_syn @ phi)
         grads.append(torch.autograd.grad(value, leaf)[0].double().flatten())
@@ -118,7 +122,7 @@ def test_autocast_does_not_reach_the_statistics():
     _, exact_phi, exact_psi, *_ = sp.moments(x.double())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, phi, psi, per_class, _ = sp.moments(x, torch.ones(20, 2))
-        F_half = sp.ridge_filter(psi, 0.1)
+        F_half = ridge_filter(psi, 0.1)
         eigen = sp.spectral_filter(psi, lambda lam: 1 / (lam + 0.1))
     assert psi.dtype == phi.dtype == F_half.dtype == per_class.dtype == torch.float32
     assert relative(psi.double(), exact_psi) < 1e-3 and relative(phi.double(), exact_phi) < 1e-3
@@ -220,8 +224,8 @@ def test_filter_gradients_with_a_number_a_layer():
 
 def test_a_failed_factorisation_shows():
     """The ridge of a matrix that is not positive definite must not come back as numbers."""
-    assert sp.ridge_filter(-torch.eye(3), 0.5).isnan().all()
-    mixed = sp.ridge_filter(torch.stack([torch.eye(3), -torch.eye(3)]), 0.5)
+    assert ridge_filter(-torch.eye(3), 0.5).isnan().all()
+    mixed = ridge_filter(torch.stack([torch.eye(3), -torch.eye(3)]), 0.5)
     assert mixed[0].isfinite().all() and mixed[1].isnan().all()
 
 
@@ -243,7 +247,7 @@ def test_nearly_repeated_eigenvalues():
         A = (U * torch.tensor([0, gap, 1, 1 + gap, 2], **f64)) @ U.T
         G = torch.randn(5, 5, **f64)
         grads = []
-        for function in (lambda A: sp.spectral_filter(A, lambda lam: 1 / (lam + 0.3)), lambda A: sp.ridge_filter(A, 0.3)):
+        for function in (lambda A: sp.spectral_filter(A, lambda lam: 1 / (lam + 0.3)), lambda A: ridge_filter(A, 0.3)):
             leaf = A.clone().requires_grad_()
             function(leaf).backward(G)
             grads.append(leaf.grad)
@@ -277,18 +281,18 @@ def test_ridge_by_cholesky_equals_eigh_in_float32():
     x = torch.randn(400, 128).relu()
     psi = sp.moments(x).ffc
     for alpha in (1.0, 0.1, 0.01):
-        assert relative(sp.ridge_filter(psi, alpha), sp.spectral_filter(psi, lambda lam: 1 / (lam + alpha))) < 1e-5
+        assert relative(ridge_filter(psi, alpha), sp.spectral_filter(psi, lambda lam: 1 / (lam + alpha))) < 1e-5
 
 
 def test_ridge_becomes_a_scaled_identity_as_alpha_grows():
     psi = random_psi()
-    errors = [relative(alpha * sp.ridge_filter(psi, alpha), torch.eye(7, **f64)) for alpha in (1e2, 1e4, 1e6)]
+    errors = [relative(alpha * ridge_filter(psi, alpha), torch.eye(7, **f64)) for alpha in (1e2, 1e4, 1e6)]
     assert errors[0] < 0.1 and errors[1] < errors[0] / 50 and errors[2] < errors[1] / 50
 
 
 @pytest.mark.parametrize("bad", [lambda: sp.ridge(0), lambda: sp.ridge(-1), lambda: sp.ridge(float("nan")),
                                  lambda: sp.gradient_descent(0, 3), lambda: sp.gradient_descent(0.1, 0),
-                                 lambda: sp.gradient_descent(0.1, 1.5), lambda: sp.ridge_filter(torch.eye(2), 0),
+                                 lambda: sp.gradient_descent(0.1, 1.5), lambda: ridge_filter(torch.eye(2), 0),
                                  lambda: sp.spectral_filter(torch.ones(2, 3), sp.identity), lambda: sp.alpha_schedule(5, 5, 1),
                                  lambda: sp.alpha_schedule(0, 5, 1, "step")])
 def test_bad_arguments_raise_and_show_what_was_found(bad):
@@ -419,7 +423,7 @@ def test_a_mean_of_a_thousand_deviations():
     for leaf in (x.clone().requires_grad_(), x.double().requires_grad_()):
         seen = sp.moments(leaf)
         found.append(seen.ffc.detach().double())
-        grads.append(torch.autograd.grad(torch.linalg.norm(sp.ridge_filter(seen.ffc, 0.01)), leaf)[0].double())
+        grads.append(torch.autograd.grad(torch.linalg.norm(ridge_filter(seen.ffc, 0.01)), leaf)[0].double())
     assert relative(*found) < 1e-5 and relative(*grads) < 1e-4
     parts = [sp.moments(part).to(torch.float64) for part in x.split(100)]
     merged = parts[0]
@@ -502,7 +506,7 @@ def test_empty_batches_and_batches_of_one():
     with pytest.raises(ValueError, match="features"):
         sp.moments(torch.zeros(0, 3, 4, 4))
     one = sp.moments(torch.randn(1, 3), torch.eye(2)[:1])
-    assert (one.ffc == 0).all() and torch.allclose(sp.ridge_filter(one.ffc, 0.5), 2 * torch.eye(3))
+    assert (one.ffc == 0).all() and torch.allclose(ridge_filter(one.ffc, 0.5), 2 * torch.eye(3))
     batches = [(torch.randn(1, 3, 8, 8), torch.tensor([k])) for k in range(3)]
     network = small_net().eval()
     alone, whole = sp.real_statistics(network, batches, 3), sp.real_statistics(
@@ -531,13 +535,13 @@ def test_the_loss_leaves_autocast(dtype):
 
 def test_vmap_over_a_stack():
     psi = torch.stack([random_psi(4) for _ in range(3)])
-    assert torch.allclose(torch.func.vmap(lambda A: sp.ridge_filter(A, 0.1))(psi), sp.ridge_filter(psi, 0.1))
+    assert torch.allclose(torch.func.vmap(lambda A: ridge_filter(A, 0.1))(psi), ridge_filter(psi, 0.1))
     x = torch.randn(3, 8, 4, **f64)
     for a, b in zip(torch.func.vmap(lambda x: sp.moments(x)[1:3])(x), list(zip(*map(sp.moments, x)))[1:3]):
         assert torch.allclose(a, torch.stack(b))
-    grads = torch.func.vmap(torch.func.grad(lambda x: sp.ridge_filter(sp.moments(x).ffc, 0.1).sum()))(x)
+    grads = torch.func.vmap(torch.func.grad(lambda x: ridge_filter(sp.moments(x).ffc, 0.1).sum()))(x)
     leaf = x[1].clone().requires_grad_()
-    sp.ridge_filter(sp.moments(leaf).ffc, 0.1).sum().backward()
+    ridge_filter(sp.moments(leaf).ffc, 0.1).sum().backward()
     assert torch.allclose(grads[1], leaf.grad)
     with pytest.raises(RuntimeError, match="vmap"):        # eigh's way takes stacks as they are
         torch.func.vmap(lambda A: sp.spectral_filter(A, torch.exp))(psi)
@@ -545,7 +549,7 @@ def test_vmap_over_a_stack():
 
 def test_second_derivatives_work_or_say_that_they_do_not():
     x = torch.randn(8, 4, **f64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda x: sp.ridge_filter(sp.moments(x).ffc, 0.5), x)
+    assert torch.autograd.gradgradcheck(lambda x: ridge_filter(sp.moments(x).ffc, 0.5), x)
     with pytest.raises(RuntimeError, match="differentiable once"):
         torch.autograd.grad(sp.spectral_filter(sp.moments(x).ffc, torch.exp).sum(), x, create_graph=True)
 
@@ -579,7 +583,7 @@ def test_many_channels():
     centred = X - X.mean(0)
     inner = torch.linalg.solve(n * alpha * torch.eye(n, **f64) + centred @ centred.T, centred)
     exact = (torch.eye(4096, **f64) - centred.T @ inner) / alpha
-    assert relative(sp.ridge_filter(sp.moments(X.float()).ffc, alpha).double(), exact) < 1e-4
+    assert relative(ridge_filter(sp.moments(X.float()).ffc, alpha).double(), exact) < 1e-4
 
 
 def test_features_that_are_not_finite_show_in_the_loss():
