@@ -10,8 +10,8 @@ like recover.py's, so relabel.py and eval.py take it as it is.
 These are the linear-head forms of the theory on one trained teacher, under CFM's recipe (start, cross-entropy, views).
 They leave out what the published methods add: DM and DC draw many random networks, MTT matches trajectories of a whole
 network, FrePo keeps a pool of networks; CDA and DWA use their own rates and iterations. So no number made here is the
-published method's number. G-VBSM is not here: its data densification compares images of one class within a batch, and
-a batch here has one image of each; several teachers would ask for a second network in every stage."""
+published method's number. G-VBSM is not here: it compares images of one class within a batch, which has one of each
+here, and several teachers would ask for a second network in every stage."""
 import copy
 import functools
 import math
@@ -72,7 +72,7 @@ def adjusted(network, x, classes, rho=0.015, steps=12):
     weights = list(network.parameters())
     for _ in range(steps):
         gradient = torch.autograd.grad(F.cross_entropy(squeeze.forward(network, x), classes), weights)
-        length = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part) for part in gradient]))
+        length = torch.nn.utils.get_total_norm(gradient)
         for weight, part in zip(weights, gradient):
             weight.data += rho / steps / (length + 1e-12) * part
     return network.requires_grad_(False)
@@ -85,14 +85,13 @@ def realistic_crops(job, args, candidates=300, crops=5):
     S, rng, made, teacher = job.data.size, np.random.default_rng(args.seed), [], job.teacher
     grid, device = 2 if S > 64 else 1, next(job.network.parameters()).device
     d, wanted = -(-S // grid), args.ipc * grid**2
-    border = S - d
     for c in range(len(job.data.classes)):
         own = rng.permutation((job.data.train.labels == c).nonzero()[:, 0].numpy())[:max(candidates, wanted)]
         images = squeeze.take(job.data, job.data.train, torch.from_numpy(own)).to(device).repeat(crops, 1, 1, 1)
         boxes = squeeze.crop_boxes(rng.random((len(images), 4)), (0.08, 1), (1, 1)).to(device)
-        upright = torch.zeros(len(boxes), dtype=torch.bool, device=device)
+        upright = torch.tensor(False, device=device)
         views = squeeze.resample(images.float(), squeeze.crop_grid(boxes, upright, d)).round()
-        seen = F.pad(squeeze.normalise(views, teacher["mean"], teacher["std"]), 2 * (border // 2, border - border // 2))
+        seen = F.pad(squeeze.normalise(views, teacher["mean"], teacher["std"]), 2 * ((S - d) // 2, (S - d + 1) // 2))
         loss = torch.cat([-squeeze.forward(job.network, part).log_softmax(1)[:, c] for part in seen.split(500)])
         best, which = loss.view(crops, -1).min(0)
         first = best.argsort(stable=True)[:wanted]
@@ -113,15 +112,11 @@ def prepare(job, args):
         if args.eta * largest > 2:
             raise BadInput(f"--eta {args.eta}: gradient descent diverges, eta * lambda is {args.eta * largest:.3g}: "
                            f"use at most {2 / largest:.3g}, or leave it out to have it chosen")
-    job.pairs_of = lambda k: METHODS[args.method][0](args)
-    if args.method == "cda":
-        job.smallest = curriculum
-    if args.method == "dwa":
-        job.meets = lambda job, images, classes: adjusted(
-            job.network, squeeze.normalise(images, job.teacher["mean"], job.teacher["std"]), classes)
-    if args.method == "rded":
-        crops = functools.cache(lambda: realistic_crops(job, args))        # not before they are wanted
-        job.start = lambda job, k, classes, rng: crops()[classes, k]
+    job.pairs_of = lambda k, args: METHODS[args.method][0](args)
+    crops = functools.cache(lambda: realistic_crops(job, args))            # not before they are wanted
+    changes = {"cda": dict(smallest=curriculum), "dwa": dict(meets=adjusted),
+               "rded": dict(start=lambda job, k, classes, rng: crops()[classes, k])}
+    vars(job).update(changes.get(args.method, {}))
 
 def parse(argv):
     parser = squeeze.Parser(__doc__)

@@ -81,7 +81,7 @@ def reference_loss(network, view, labels, real):
 def reference_steps(network, images, labels, real, T):
     images = images.contiguous(memory_format=torch.contiguous_format).clone().requires_grad_()
     optimizer = torch.optim.Adam([images], 0.1, betas=(0.5, 0.9))
-    view = recover.random_views(np.random.default_rng(0), T, len(images), images.shape[-1], images.device, 0.08)
+    view = recover.random_views(np.random.default_rng(0), T, images, recover.CFM["smallest"])
     for t in range(T):
         loss = reference_loss(network, view(images, t).contiguous(), labels, real)
         optimizer.zero_grad()
@@ -92,14 +92,11 @@ def reference_steps(network, images, labels, real, T):
 
 def our_steps(network, images, labels, real, T):
     """recover.py's own loop, with what it prepares once a round."""
-    matching = spectral.matching(real, spectral.cfm_pairs(ALPHA))
-    view = recover.random_views(np.random.default_rng(0), T, len(images), images.shape[-1], images.device, 0.08)
-    with spectral.collect_inputs(network, transform=spectral.moments) as layers:
-        def losses(x):
-            return F.cross_entropy(squeeze.forward(network, x), labels), matching(layers)
-        recover.optimise(recover.to_uint8(images, HALF), losses, view,
-                         squeeze.Namespace(iterations=T, lr=0.1, gamma=GAMMA),
-                         squeeze.Namespace(teacher=HALF, every=100, report=lambda *report: None))
+    job = squeeze.Namespace(**recover.CFM, network=network, teacher=HALF, select=spectral.is_main_convolution)
+    args = squeeze.Namespace(iterations=T, lr=0.1, gamma=GAMMA, signal="mean", emu="off")
+    levels = ((images * 0.25 + 0.5) * 255).round().clamp(0, 255).to(torch.uint8)
+    recover.make_batch(job, args, levels, labels, spectral.matching(real, spectral.cfm_pairs(ALPHA)), {}, None,
+                       np.random.default_rng(0), lambda *found: None)
 
 
 def bare_steps(network, images, labels, real, T):
@@ -314,9 +311,9 @@ def growth(ipc, classes):
     real = {name: spectral.Statistics(**layer).to(device) for name, layer in found["layers"].items()
             if name != found["head"]}
     with tempfile.TemporaryDirectory() as folder:
-        job = squeeze.Namespace(**recover.PLAIN, folder=Path(folder), data=data, network=network, real=real,
+        job = squeeze.Namespace(**recover.CFM, folder=Path(folder), data=data, network=network, real=real,
                                 select=spectral.is_main_convolution, teacher={**HALF, "classes": data.classes},
-                                index=recover.starting_images(data, ipc), pairs_of=lambda k: recover.cfm_pairs(k, args))
+                                index=recover.starting_images(data, ipc))
         seconds = recover.distil(job, args)
     return seconds / (ipc * classes), squeeze.peak_memory(device)
 

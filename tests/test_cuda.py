@@ -105,13 +105,13 @@ def test_statistics_and_recover(cuda, folded, signal, emu, centred, monkeypatch)
             if name != found["head"]}
     args = Namespace(iterations=2, lr=0.1, gamma=0.1, emu=emu, centred=centred, signal=signal, filter="cfm", ipc=2,
                      alpha_max=0.1, schedule="cosine", loss="both")
-    job = Namespace(**recover.PLAIN, network=network, teacher=TEACHER, select=spectral.is_main_convolution, every=100,
-                    report=lambda *args: None, matching=spectral.matching(real, recover.cfm_pairs(0, args), signal, centred))
-    memory, rng = dict(b=0, layers={}), np.random.default_rng(0)
-    for memory["b"] in range(2):
+    job = Namespace(**recover.CFM, network=network, teacher=TEACHER, select=spectral.is_main_convolution)
+    loss, memory = spectral.matching(real, recover.cfm_pairs(0, args), signal, centred), {}
+    for b in (1, 2):
         images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8, device=cuda)
-        images = recover.make_batch(job, args, images, torch.arange(4, device=cuda), memory, rng)
-    assert images.device.type == "cuda" and images.dtype == torch.uint8 and len(memory["layers"]) == 3
+        images, memory = recover.make_batch(job, args, images, torch.arange(4, device=cuda), loss, memory,
+                                            b if emu == "paper" else None, np.random.default_rng(0), lambda *found: None)
+    assert images.device.type == "cuda" and images.dtype == torch.uint8 and len(memory) == 3
     x = squeeze.normalise(images, TEACHER["mean"], TEACHER["std"])
     monkeypatch.setattr(baselines.copy, "deepcopy", lambda network: network)   # fake tensors keep their mode only so
     assert baselines.adjusted(network, x, torch.arange(4, device=cuda))(x).device.type == "cuda"       # DWA's step

@@ -296,8 +296,7 @@ def test_uncentred_moments_are_h_transposed_h():
     torch.manual_seed(0)
     sets, memory = [torch.randn(4, 5, dtype=torch.float64) + 30 for _ in range(3)], {}
     for b, H in enumerate(sets, 1):
-        step = recover.step_of(b, Namespace(emu="paper", centred=False))
-        memory = spectral.merge(memory, {"x": spectral.moments(H)}, step)
+        memory = spectral.merge(memory, {"x": spectral.moments(H)})
         _, (found, phi) = spectral.filtered(list(memory.values()), baselines.METHODS["dc"][0](None), "mean", False, 1)
         H = torch.cat(sets[:b])
         assert torch.allclose(found[0], H.T @ H / len(H), rtol=1e-10) and torch.allclose(phi[0, :, 0], H.mean(0))
@@ -318,10 +317,10 @@ def test_view_statistics_are_those_of_the_views(here):
             network(torch.roll(squeeze.resample(x, squeeze.crop_grid(boxes[t], flips[t], 32)), rolls[t], (2, 3)))
         seen.append({name: value.clone() for name, value in features.items()})
     for emu in ("pool", "paper"):
-        view = recover.random_views(np.random.default_rng(5), 3, 4, 32, images.device, 0.08)
+        job = Namespace(teacher=teacher, smallest=recover.CFM["smallest"])
         with spectral.collect_inputs(network, transform=spectral.moments) as layers:
-            found = recover.view_statistics(images, network, layers, view, teacher,
-                                            Namespace(emu=emu, centred=True, iterations=3))
+            found = recover.view_statistics(images, network, layers, 1 if emu == "paper" else None,
+                                            np.random.default_rng(5), job, Namespace(iterations=3))
         for name in found:
             wanted = spectral.moments(torch.cat([part[name] for part in seen])).ffc if emu == "pool" else \
                 sum(spectral.moments(part[name]).ffc for part in seen) / 3
@@ -498,9 +497,9 @@ def test_broken_leftovers_of_a_killed_run(here, monkeypatch):
     batch, memory = run / "batch2.pt", run / "memory.pt"
     whole = batch.read_bytes()
     batch.unlink()
+    monkeypatch.undo(), monkeypatch.chdir(here)
     one_line(recover.main, [*TINY, "--resume"], "batch2.pt", "missing", "start again")
     batch.write_bytes(whole[:-1])
-    monkeypatch.undo(), monkeypatch.chdir(here)
     one_line(recover.main, [*TINY, "--resume"], "batch2.pt", "damaged")
     batch.write_bytes(whole)
     memory.write_bytes(memory.read_bytes()[:99])
