@@ -9,15 +9,13 @@ real images untouched, the honest rival. On one GPU: python recover.py --dataset
 
 Images are made in batches, one image of every class (or of a chunk of the classes) at a time. All batches of round k,
 the k-th images of all classes, share alpha_k, which falls from alpha_max toward 0: early images match the low
-frequencies of the teacher's features, late ones the high. One batch: start from real images; at each iteration take a
-random view, push it through the frozen teacher, and step on  CE + gamma * sum over layers of (filter loss + signal
-loss)  (Eq. 19-20).
+frequencies of the teacher's features, late ones the high. One batch: start from real images; at each iteration push a
+random view through the frozen teacher and step on  CE + gamma * sum over layers of (filter + signal loss)  (Eq. 19-20).
 
-Writes runs/<dataset>-<network>/<run>/ with images.pt, preview.png, config.json and log.jsonl. Baselines run through the
-same loop (baselines.py)."""
-import functools
+Writes runs/<dataset>-<network>/<run>/ with images.pt, preview.png, config.json and log.jsonl."""
 import math
 import time
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -41,20 +39,19 @@ def cfm_pairs(k, args):
     return {"filter": pairs[:1], "signal": pairs[1:], "both": pairs}[args.loss]
 
 def objective(job, args):
-    """loss(k, layers, memory, step): spectral.matching in round k. It refuses an alpha that the precision does not
-    resolve, for few feature vectors sooner than for the real set: BadInput, with the flag."""
-    matching = functools.lru_cache(1)(lambda k: spectral.matching(      # filters the real side, so once a round
-        job.real, job.pairs_of(k, args), args.signal, args.centred))
+    """loss(k, layers, memory, step): spectral.matching in round k, the real side filtered once a round. BadInput, with
+    the flag, if the precision does not resolve alpha: for few feature vectors that is sooner than for the real set."""
+    made = lru_cache(1)(lambda k: spectral.matching(job.real, job.pairs_of(k, args), args.signal, args.centred))
     def loss(k, *sides):
         try:
-            return matching(k)(*sides)
+            return made(k)(*sides)
         except ValueError as error:
             raise BadInput(f"--alpha-max (or --beta): {error}") from error
     return loss
 
 def random_views(rng, T, images, smallest):
     """The views of T iterations, drawn ahead with NumPy, the same on every device: view(images [B, 3, S, S], t). Crop
-    and flip are drawn per image; a roll by 0-4 pixels is the batch's. smallest(t / T): the least crop's share."""
+    and flip are an image's, a roll by 0-4 pixels the batch's. smallest(t / T): the least share of area in a crop."""
     B, S, device = len(images), images.shape[-1], images.device
     least = np.repeat([smallest(t / T) for t in range(T)], B)
     boxes = squeeze.crop_boxes(rng.random((T * B, 4)), (least, 1)).view(T, B, 4).to(device)
@@ -128,9 +125,9 @@ def starting_images(data, ipc, confidence=None):
 
 def distil(job, args):
     """Make all batches of a run, round by round. A finished one goes to the disk at once, and memory.pt says how many
-    there are and holds the EMU: a killed run goes on with the next batch, and memory does not grow with IPC. job:
-    folder, data, network, teacher (teacher.pt's dict), index (see starting_images; None: noise), select, real {layer:
-    Statistics}, and what is in CFM. Returns seconds."""
+    there are and holds the EMU: a killed run goes on with the next, and memory does not grow with IPC. Returns seconds.
+    job: folder, data, network, teacher (teacher.pt's dict), index (see starting_images; None: noise), select, real
+    {layer: Statistics}, and what is in CFM."""
     chunks, device = torch.arange(len(job.data.classes)).split(args.batch), squeeze.pick_device()
     done, path = dict(b=0, layers={}, seconds=0.0), job.folder / "memory.pt"
     if path.is_file():
@@ -156,11 +153,11 @@ def distil(job, args):
         if args.iterations:
             # Eq. 17, or all feature vectors as one set; for H^T H / n of equal batches both are the same
             step = b + 1 if args.emu == "paper" and args.centred else None
-            images, memory = make_batch(job, args, images, classes.to(device), functools.partial(loss, k), memory, step,
+            images, memory = make_batch(job, args, images, classes.to(device), partial(loss, k), memory, step,
                                         rng, report)
         squeeze.save(job.folder / f"batch{b + 1}.pt", images.cpu())        # whoever finds the count finds the images
-        squeeze.save(path, dict(b=b + 1, seconds=time.time() - start, layers={
-            name: tuple(layer) for name, layer in memory.items()}))
+        layers = {name: tuple(layer) for name, layer in memory.items()}
+        squeeze.save(path, dict(b=b + 1, layers=layers, seconds=time.time() - start))
     return time.time() - start
 
 def finish(folder, config, teacher, args, seconds):
@@ -229,8 +226,8 @@ def run_name(method, args, defaults):
     if args.iterations == 0 and args.init != "noise":
         return f"{args.init}-ipc{args.ipc}" + (f"-seed{args.seed}" if args.init == "rded" and args.seed else "")
     hidden = ("dataset", "data", "network", "teacher", "ipc", "filter", "method", "centred", "resume")
-    defaults = {**vars(defaults), **preset_of(args)}
-    return "-".join([method, f"ipc{args.ipc}", *squeeze.changed(vars(args), defaults, hidden)])
+    changed = squeeze.changed(vars(args), {**vars(defaults), **preset_of(args)}, hidden)
+    return "-".join([method, f"ipc{args.ipc}", *changed])
 
 def choose_teacher(args):
     """The folder of the squeeze run to use and the flags that make it; what --teacher implies is filled into args. Else
@@ -250,8 +247,7 @@ def choose_teacher(args):
     return squeeze.teacher_folder(squeeze.parse([*flags, "--data", args.data or "data"])), flags
 
 def run(args, method, defaults, prepare=lambda job, args: None):
-    """The stage after its flags, for recover.py and baselines.py. defaults: args with no flag given. prepare(job, args)
-    may change what is in CFM."""
+    """The stage after its flags. defaults: args with no flag given. prepare(job, args) may change what is in CFM."""
     (parent, flags), device = choose_teacher(args), squeeze.pick_device()
     squeeze.fill(args, preset_of(args))
     squeeze.show(args)
@@ -259,8 +255,7 @@ def run(args, method, defaults, prepare=lambda job, args: None):
     args.data = args.data or made.get("data", "data")
     data = squeeze.load_data(args.dataset, args.data, *(made.get(key) for key in ("size", "classes", "validate")))
     args.data = str(Path(args.data).resolve())
-    if args.init != "noise":
-        starting_images(data, args.ipc)                    # refused before a teacher is trained
+    index = None if args.init == "noise" else starting_images(data, args.ipc)      # refused before a teacher is trained
     K, N = len(data.classes), args.ipc * len(data.classes)
     print(f"plan: {args.ipc} rounds of {K} images, {args.ipc * math.ceil(K / args.batch)} batches of {args.iterations} "
           f"steps on {device}; images {3e-6 * N * data.size**2:.1f} MB, labels {2e-6 * N * K:.2f} MB/epoch", flush=True)
@@ -272,24 +267,23 @@ def run(args, method, defaults, prepare=lambda job, args: None):
     select = spectral.is_main_convolution if args.layers == "conv" else lambda name, module: name == found["head"]
     real = {name: spectral.Statistics(**found["layers"][name]).to(device)
             for name, module in network.named_modules() if select(name, module)}
-    confidence = found["confidence"] if args.init == "confident" else None
-    index = None if args.init == "noise" else starting_images(data, args.ipc, confidence)
-    job = Namespace(**CFM, data=data, network=network, teacher=teacher, select=select, real=real, index=index,
-                    folder=parent / run_name(method, args, defaults))
-    args.precision = teacher["precision"]
+    if args.init == "confident":
+        index = starting_images(data, args.ipc, found["confidence"])
+    folder, args.precision = parent / run_name(method, args, defaults), teacher["precision"]
+    job = Namespace(**CFM, folder=folder, data=data, network=network, teacher=teacher, index=index, select=select,
+                    real=real)
     prepare(job, args)                                     # refuses an unstable rate; the next line, a tiny alpha
     if args.iterations:
         objective(job, args)(args.ipc - 1, real)
-    config = squeeze.open_run(job.folder, "recover", squeeze.settings(args, ("teacher",)),
+    config = squeeze.open_run(folder, "recover", squeeze.settings(args, ("teacher",)),
                               {"data": data.sha256, **teacher_config["artefacts"]}, args.resume)
     if not config["artefacts"]:
-        finish(job.folder, config, teacher, args, distil(job, args))
-    for part in (job.folder / "memory.pt", *job.folder.glob("batch*.pt")):
+        finish(folder, config, teacher, args, distil(job, args))
+    for part in (folder / "memory.pt", *folder.glob("batch*.pt")):
         part.unlink(missing_ok=True)
-    squeeze.checked(job.folder, "images.pt", config)
-    print(f"images: {job.folder / 'images.pt'}, {config['results']['seconds']:.0f} s, peak memory "
-          f"{squeeze.peak_memory(device):.0f} MB; look at {job.folder / 'preview.png'}\n"
-          f"next: python eval.py {job.folder}")
+    squeeze.checked(folder, "images.pt", config)
+    print(f"images: {folder / 'images.pt'}, {config['results']['seconds']:.0f} s, peak memory "
+          f"{squeeze.peak_memory(device):.0f} MB; look at {folder / 'preview.png'}\nnext: python eval.py {folder}")
 
 def main(argv):
     args = parse(argv)
