@@ -9,9 +9,9 @@ like recover.py's, so relabel.py and eval.py take it as it is.
 
 These are the linear-head forms of the theory on one trained teacher, under CFM's recipe (start, cross-entropy, views).
 They leave out what the published methods add: DM and DC draw many random networks, MTT matches trajectories of a whole
-network, FrePo keeps a pool of networks; CDA and DWA use their own rates and iterations. So no number made here is the
-published method's number. G-VBSM is not here: it compares images of one class within a batch, which has one of each
-here, and several teachers would ask for a second network in every stage."""
+one, FrePo keeps a pool of them; CDA and DWA use their own rates and iterations. So no number made here is the published
+method's. G-VBSM is not here: it compares images of one class within a batch, where a batch here has one of each, and
+several teachers would ask for a second network in every stage."""
 import copy
 import functools
 import math
@@ -38,14 +38,12 @@ def mtt(args):
         return list(zip("Ix", gradient_descent(eta, args.p), gradient_descent(eta, args.q)))
     return pairs
 
-SRE2L = lambda args: [("diag", low_pass), ("x", identity)]
-# Beside the pairs: which FLC they look at, and whether FFC is centred. DC, MTT and FrePo are derived for a linear head
-# without bias, so theirs is H^T H / n.
+# Beside the pairs: which FLC, and whether FFC is centred: not where theory has a linear head without bias (H^T H / n)
 METHODS = {
     # Eq. 2: class means, || H^T Y - H_s^T Y_s ||. All-pass: nothing is weighted, so what is large dominates.
     "dm": (lambda args: [("x", identity)], "class", True),
     # Eq. 3: BatchNorm's statistics, || diag FFC - diag FFC_s || + || mean - mean_s || of (here) convolution inputs.
-    "sre2l": (SRE2L, "mean", True),
+    "sre2l": (lambda args: [("diag", low_pass), ("x", identity)], "mean", True),
     # Eq. 4-5: the gradient of a linear head is FFC W - FLC, so for any W the gradients differ by at most
     # || FFC - FFC_s || ||W|| + || FLC - FLC_s ||. The bound is what is minimised.
     "dc": (lambda args: [("I", low_pass), ("x", identity)], "class", False),
@@ -53,9 +51,9 @@ METHODS = {
     "covm": (lambda args: [("x", identity), ("I", low_pass)], "class", True),
     "mtt": (mtt, "class", False),
     # Eq. 10-14: kernel ridge regression, H H^T + beta I by its dual: || (FFC + beta I)^-1 FLC - (...)_s ||.
-    "frepo": (lambda args: [("x", ridge(args.beta))], "class", False),
-    # Today's rivals: SRe2L's pairs with other views (CDA) or weights (DWA); no step at all (RDED).
-    "cda": (SRE2L, "mean", True), "dwa": (SRE2L, "mean", True), "rded": (SRE2L, "mean", True)}
+    "frepo": (lambda args: [("x", ridge(args.beta))], "class", False)}
+# Today's rivals: SRe2L's pairs with other views (CDA) or weights (DWA); no step at all (RDED).
+METHODS.update(dict.fromkeys(("cda", "dwa", "rded"), METHODS["sre2l"]))
 
 # ---- What the rivals change beside the pairs -------------------------------------------------------------------------
 
@@ -69,11 +67,10 @@ def adjusted(network, x, classes, rho=0.015, steps=12):
     gradient of the starting images' cross-entropy, so that every batch meets another teacher. x: normalised [B, 3, S,
     S]. Where BatchNorm is folded into the convolutions, as in recover.py, the gradient is the folded weights'."""
     network = copy.deepcopy(network).requires_grad_(True)
-    weights = list(network.parameters())
     for _ in range(steps):
-        gradient = torch.autograd.grad(F.cross_entropy(squeeze.forward(network, x), classes), weights)
-        length = torch.nn.utils.get_total_norm(gradient)
-        for weight, part in zip(weights, gradient):
+        parts = torch.autograd.grad(F.cross_entropy(squeeze.forward(network, x), classes), list(network.parameters()))
+        length = torch.nn.utils.get_total_norm(parts)
+        for weight, part in zip(network.parameters(), parts):
             weight.data += rho / steps / (length + 1e-12) * part
     return network.requires_grad_(False)
 
@@ -84,12 +81,11 @@ def realistic_crops(job, args, candidates=300, crops=5):
     Returns uint8 [K, ipc, 3, S, S]."""
     S, rng, made, teacher = job.data.size, np.random.default_rng(args.seed), [], job.teacher
     grid, device = 2 if S > 64 else 1, next(job.network.parameters()).device
-    d, wanted = -(-S // grid), args.ipc * grid**2
+    d, wanted, upright = -(-S // grid), args.ipc * grid**2, torch.tensor(False, device=device)
     for c in range(len(job.data.classes)):
         own = rng.permutation((job.data.train.labels == c).nonzero()[:, 0].numpy())[:max(candidates, wanted)]
         images = squeeze.take(job.data, job.data.train, torch.from_numpy(own)).to(device).repeat(crops, 1, 1, 1)
         boxes = squeeze.crop_boxes(rng.random((len(images), 4)), (0.08, 1), (1, 1)).to(device)
-        upright = torch.tensor(False, device=device)
         views = squeeze.resample(images.float(), squeeze.crop_grid(boxes, upright, d)).round()
         seen = F.pad(squeeze.normalise(views, teacher["mean"], teacher["std"]), 2 * ((S - d) // 2, (S - d + 1) // 2))
         loss = torch.cat([-squeeze.forward(job.network, part).log_softmax(1)[:, c] for part in seen.split(500)])
@@ -105,7 +101,7 @@ def realistic_crops(job, args, candidates=300, crops=5):
 # ---- The stage -------------------------------------------------------------------------------------------------------
 
 def prepare(job, args):
-    """What recover.run asks for. The pairs are the same in every round, there is no curriculum of filters. BadInput if
+    """What recover.run asks for: the method's pairs, the same in every round, and what a rival changes. BadInput if
     --eta is unstable: gradient descent diverges for eta * lambda > 2."""
     if args.eta:
         largest = max(torch.linalg.matrix_norm(layer.uncentred, 2) for layer in job.real.values())

@@ -102,14 +102,6 @@ def layout_of(name, module, x):
                          "certain: say map (channels first) or tokens (last)")
     return "plain" if x.ndim == 2 else "map" if convolution else "tokens"
 
-def rows(features, layout=None):
-    """Features as the rows of X [n, C]. layout: "plain" [B, C]; "map" [B, C, ...] with one to three axes of pixels;
-    "tokens" [B, ..., C], channels-last maps too; None: plain or map by two or four axes. ValueError otherwise."""
-    layout = layout or {2: "plain", 4: "map"}.get(features.ndim)
-    if features.ndim not in LAYOUTS.get(layout, ()) or not features.numel():
-        raise ValueError(f"layout {layout!r} found for features {tuple(features.shape)}, must be one of {LAYOUTS}")
-    return (features.movedim(1, -1) if layout == "map" else features).flatten(0, -2)
-
 class Statistics(NamedTuple):
     """What is kept of a layer: of a batch (with gradient), of a set, of the finished batches."""
     count: int                          # n, feature vectors seen
@@ -152,13 +144,17 @@ class _Covariance(torch.autograd.Function):
             return torch.cat([torch.addmm(g / len(X) - A @ mean, single(part), A).to(X.dtype) for part in blocks(X)])
 
 def moments(features: Tensor, labels: Tensor | None = None, layout: str | None = None) -> Statistics:
-    """The Statistics of one batch, with gradient: Psi = X^T X / n - m m^T and m = X^T 1 / n (Eq. 15-16).
-    X [n, C]: the `rows` of features in layout. labels: Y [B, K], one-hot or soft, for the class-wise FLC H^T Y / B. In
-    float32 or better, out of autocast. ValueError if labels are not [B, K], or on a wrong layout.
+    """The Statistics of one batch, with gradient: Psi = X^T X / n - m m^T and m = X^T 1 / n (Eq. 15-16), X [n, C] the
+    features as rows. layout: "plain" [B, C]; "map" [B, C, ...] with one to three axes of pixels; "tokens" [B, ..., C],
+    channels-last maps too; None: plain or map by two or four axes. labels: Y [B, K], one-hot or soft, for class-wise
+    FLC, H^T Y / B. In float32 or better, out of autocast. ValueError if labels are not [B, K], or on a wrong layout.
     >>> moments(torch.rand(6, 8, 5, 5), torch.eye(3).repeat(2, 1)).flc.shape
     torch.Size([8, 3])"""
+    layout = layout or {2: "plain", 4: "map"}.get(features.ndim)
+    if features.ndim not in LAYOUTS.get(layout, ()) or not features.numel():
+        raise ValueError(f"layout {layout!r} found for features {tuple(features.shape)}, must be one of {LAYOUTS}")
+    X = (features.movedim(1, -1) if layout == "map" else features).flatten(0, -2)
     with full_precision(features):
-        X = rows(features, layout)
         psi, mean = _Covariance.apply(X)
         if labels is None:
             return Statistics(len(X), mean, psi)
@@ -330,17 +326,14 @@ def filtered(layers, pairs, signal="mean", centred=True, side=0):
     """(pairs, what each compares) for layers [Statistics, ...] of equal C, stacked: f(Psi) [L, C, C], its diagonal [L,
     C, 1], or f(Psi) Phi [L, C, K]. side: 0 real, 1 synthetic."""
     psi = torch.stack([layer.ffc if centred else layer.uncentred for layer in layers])
-    least = torch.finfo(psi.dtype).tiny                    # a class that is not there has share and flc 0
-    phi = torch.stack([layer.flc / (layer.share * len(layer.share)).clamp(min=least) if signal == "class" else
-                       layer.mean.unsqueeze(-1) for layer in layers])
-    out, filters, pairs = [], {}, pairs(psi) if callable(pairs) else pairs
-    for g, *both in pairs:
-        if g not in ("I", "diag", "x"):
-            raise ValueError(f"pairs: g must be I, diag or x, found {g!r}")
-        f = both[-side]                                    # of (f,) or (f_real, f_syn)
-        F = filters[f] = filters[f] if f in filters else spectral_filter(psi, f)      # CFM's two pairs share one
-        out.append(F if g == "I" else F.diagonal(0, -2, -1)[..., None] if g == "diag" else F @ phi)
-    return pairs, out
+    phi = torch.stack([layer.flc / (layer.share * len(layer.share)).clamp(min=1e-30) if signal == "class" else
+                       layer.mean.unsqueeze(-1) for layer in layers])          # a class not there: share and flc are 0
+    pairs = pairs(psi) if callable(pairs) else pairs
+    if strange := [g for g, *_ in pairs if g not in ("I", "diag", "x")]:
+        raise ValueError(f"pairs: g must be I, diag or x, found {strange[0]!r}")
+    F = {f: spectral_filter(psi, f) for f in dict.fromkeys(both[-side] for _, *both in pairs)}     # CFM's two share it
+    show = {"I": lambda M: M, "diag": lambda M: M.diagonal(0, -2, -1)[..., None], "x": lambda M: M @ phi}
+    return pairs, [show[g](F[both[-side]]) for g, *both in pairs]
 
 def matching(real: dict, pairs: list | Callable, signal: str = "mean", centred: bool = True) -> Callable:
     """The objective: loss(layers, memory={}, step=None) -> sum over layers and pairs of
@@ -353,25 +346,23 @@ def matching(real: dict, pairs: list | Callable, signal: str = "mean", centred: 
     >>> X = torch.rand(20, 4)
     >>> matching({"fc": moments(X)}, cfm_pairs(0.1))({"fc": moments(X)})
     tensor(0.)"""
-    groups, targets, sharpest = {}, [], math.inf
+    groups = {}
     for name, layer in real.items():
         groups.setdefault(len(layer.mean), []).append(name)
         if not layer.uncentred.isfinite().all():
             raise ValueError(f"real: the statistics of {name!r} are not finite")
         if signal not in ("mean", "class") or signal == "class" and (layer.flc is None or not layer.share.all()):
             raise ValueError(f"signal {signal!r}: must be mean, or class with images of every class in real[{name!r}]")
-    for names in groups.values():
-        chosen, wanted = filtered([real[name] for name in names], pairs, signal, centred)
-        norm = max(torch.linalg.matrix_norm(real[name].ffc).item() for name in names) + 1e-300
-        sharpest = min([sharpest, *(getattr(f, "alpha", math.inf) / norm for _, *both in chosen for f in both)])
-        targets.append((names, chosen, wanted))
+    targets = [(names, *filtered([real[name] for name in names], pairs, signal, centred)) for names in groups.values()]
+    norm = max(torch.linalg.matrix_norm(layer.ffc).item() for layer in real.values()) + 1e-300
+    ratio = min(getattr(f, "alpha", math.inf) for _, chosen, _ in targets for _, *both in chosen for f in both) / norm
     def loss(layers, memory=None, step=None):
         if layers.keys() != real.keys():
             raise ValueError(f"layers: {sorted(layers)} found, the real side has {sorted(real)}")
         joined, total, dtype = merge(memory, layers, step), 0, next(iter(layers.values())).mean.dtype
         singular = any(layer.count <= len(layer.mean) for layer in joined.values())
-        if sharpest < torch.finfo(dtype).eps * (8 if singular else 1):
-            raise ValueError(f"alpha: {sharpest:.1e} of ||Psi|| is below what {dtype} resolves: raise alpha")
+        if ratio < torch.finfo(dtype).eps * (8 if singular else 1):
+            raise ValueError(f"alpha: {ratio:.1e} of ||Psi|| is below what {dtype} resolves: raise alpha")
         if signal == "class" and any(layer.share is None for layer in joined.values()):
             raise ValueError("labels: signal 'class' needs moments with labels")
         for names, chosen, wanted in targets:
