@@ -56,7 +56,6 @@ METHODS = {
 METHODS.update(dict.fromkeys(("cda", "dwa", "rded"), METHODS["sre2l"]))
 
 # ---- What the rivals change beside the pairs -------------------------------------------------------------------------
-
 def curriculum(progress):
     """CDA (Yin, Shen, 2023): the smallest crop, as share of the area, falls from 1 to 0.08 with a cosine: easy views
     first. progress: of a batch's iterations, 0 to 1; over all of them, as its authors run it."""
@@ -99,7 +98,6 @@ def realistic_crops(job, args, candidates=300, crops=5):
     return torch.stack(made)
 
 # ---- The stage -------------------------------------------------------------------------------------------------------
-
 def prepare(job, args):
     """What recover.run asks for: the method's pairs, the same in every round, and what a rival changes. BadInput if
     --eta is unstable: gradient descent diverges for eta * lambda > 2."""

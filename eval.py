@@ -95,7 +95,6 @@ def train_student(job, args, seed, checkpoint):
     return student, parts["average"].module, state["seconds"] + time.time() - start
 
 # ---- One row of the table: all seeds of one student network on one run -----------------------------------------------
-
 def load_job(run, args):
     """What evaluate needs of a run, checked, and its test set, in memory if it is small. --validate: held-out training
     images, which the teacher must not have seen."""
@@ -176,7 +175,6 @@ def export(run, target):
     print(f"exported {len(content['images'])} images to {target}")
 
 # ---- --report: what the images look like, in numbers and pictures (paper, Section 4) ---------------------------------
-
 def radial_psd(images):
     """Radially averaged power spectral density of uint8 [N, 3, S, S], each image centred and of unit total power:
     (radius [R] in cycles per image, mean power at that radius [R], share of power above half the Nyquist radius)."""
@@ -275,7 +273,6 @@ def report(runs, device):
     print(f"pictures: {folder}; grid.png has two rows a run, its first and its last round")
 
 # ---- The stage -------------------------------------------------------------------------------------------------------
-
 def parse(argv):
     parser = squeeze.Parser(__doc__)
     add = parser.add_argument_group("what").add_argument

@@ -28,7 +28,6 @@ import squeeze
 from squeeze import BadInput, Namespace, number
 
 # ---- One batch -------------------------------------------------------------------------------------------------------
-
 def cfm_pairs(k, args):
     """The pairs of CFM in round k (Eq. 18-20), or of its ablations. --filter high: alpha_max / 100 throughout, a fixed
     sharp filter; low: f is lambda. --loss: one of Eq. 19's two."""
@@ -60,7 +59,7 @@ def random_views(rng, T, images, smallest):
     return lambda images, t: squeeze.resample(images, squeeze.crop_grid(boxes[t], flips[t], S).roll(rolls[t], (1, 2)))
 
 @torch.no_grad()
-def view_statistics(images, network, layers, step, rng, job, args):
+def view_statistics(images, network, layers, rng, job, args):
     """What EMU remembers of a finished batch: {layer: Statistics} over random views of the images as saved. Views,
     since the next batches are seen through views: a crop blown up to full size has less high frequency than a whole
     image, and a memory of whole images would make late batches answer for the difference, b-fold."""
@@ -68,13 +67,13 @@ def view_statistics(images, network, layers, step, rng, job, args):
     view = random_views(rng, T, images, job.smallest)
     for t in range(T):
         squeeze.forward(network, view(images, t))
-        seen = spectral.merge(seen, layers, t + 1 if step else None)
+        seen = spectral.merge(seen, layers, t + 1 if job.step else None)
     return {name: layer._replace(count=layer.count // T) for name, layer in seen.items()}      # they weigh as one batch
 
-def make_batch(job, args, images, classes, loss, memory, step, rng, report):
-    """T Adam steps on images [B, 3, S, S] of `classes` [B], uint8 to uint8, against CE + gamma * loss(layers, memory,
-    step) of a random view. Returns the images and EMU's memory {layer: Statistics} with them in it. step: see
-    spectral.merge. report(t, cross-entropy, matching loss, mean pixel) is called after every 100 steps."""
+def make_batch(job, args, images, classes, memory, rng):
+    """T Adam steps on images [B, 3, S, S] of `classes` [B], uint8 to uint8, against CE + gamma * job.loss(layers,
+    memory, job.step) of a random view. Returns the images and EMU's memory {layer: Statistics} with them in it. step:
+    see spectral.merge. job.report(t, cross-entropy, matching loss, mean pixel) is called after every 100 steps."""
     teacher, T = job.teacher, args.iterations
     mean, std = (squeeze.constant(tuple(teacher[v]), images.device) for v in ("mean", "std"))
     x = squeeze.normalise(images, teacher["mean"], teacher["std"])
@@ -86,20 +85,19 @@ def make_batch(job, args, images, classes, loss, memory, step, rng, report):
         for t in range(T):
             optimizer.param_groups[0]["lr"] = args.lr * (1 + math.cos(math.pi * t / T)) / 2
             entropy = F.cross_entropy(squeeze.forward(network, view(x, t)), classes)
-            matching = loss(layers, memory, step)
+            matching = job.loss(layers, memory, job.step)
             x.grad, = torch.autograd.grad(entropy + args.gamma * matching, x)
             optimizer.step()
             with torch.no_grad():
                 x.clamp_(black, white)
             if (t + 1) % 100 == 0 or t + 1 == T:           # reading a number waits for the GPU
-                report(t + 1, entropy.item(), matching.item(), x.mean().item())
+                job.report(t + 1, entropy.item(), matching.item(), x.mean().item())
         images = ((x.detach() * std + mean) * 255).round().to(torch.uint8)     # a cast alone darkens by half a level
         if args.emu != "off":
-            memory = spectral.merge(memory, view_statistics(images, network, layers, step, rng, job, args), step)
+            memory = spectral.merge(memory, view_statistics(images, network, layers, rng, job, args), job.step)
     return images, memory
 
 # ---- All batches -----------------------------------------------------------------------------------------------------
-
 def initial_images(job, k, classes, rng):
     """uint8 [B, 3, S, S]: round k's training image of each class of the chunk, or Gaussian noise."""
     if job.index is not None:
@@ -152,9 +150,9 @@ def distil(job, args):
         images = job.start(job, k, classes, rng).to(device)
         if args.iterations:
             # Eq. 17, or all feature vectors as one set; for H^T H / n of equal batches both are the same
-            step = b + 1 if args.emu == "paper" and args.centred else None
-            images, memory = make_batch(job, args, images, classes.to(device), partial(loss, k), memory, step,
-                                        rng, report)
+            job.step = b + 1 if args.emu == "paper" and args.centred else None
+            job.loss, job.report = partial(loss, k), report
+            images, memory = make_batch(job, args, images, classes.to(device), memory, rng)
         squeeze.save(job.folder / f"batch{b + 1}.pt", images.cpu())        # whoever finds the count finds the images
         layers = {name: tuple(layer) for name, layer in memory.items()}
         squeeze.save(path, dict(b=b + 1, layers=layers, seconds=time.time() - start))
@@ -178,7 +176,6 @@ def finish(folder, config, teacher, args, seconds):
     squeeze.finish_run(folder, config, ["images.pt"], seconds=seconds, image_bytes=images.numel())
 
 # ---- The stage -------------------------------------------------------------------------------------------------------
-
 def add_flags(parser):
     """The flags that recover.py and baselines.py share."""
     add = parser.add_argument_group("what").add_argument

@@ -61,7 +61,6 @@ def soft_labels(network, teacher, images, views, batch):
     return torch.cat([squeeze.forward(network, squeeze.normalise(x, teacher["mean"], teacher["std"])) for x in parts])
 
 # ---- Labels on disk, an epoch at a time, so that memory does not grow with the epochs --------------------------------
-
 def labeller(run, config, teacher):
     """Of the squeeze run `teacher` that labels a run (None: the one whose spectra were matched), checked to know the
     run's data set, image by image: (its folder, the folder of its labels, the hashes of what they are made from)."""
@@ -104,7 +103,6 @@ def write(path, shape, label):
     part.replace(path)
 
 # ---- The stage -------------------------------------------------------------------------------------------------------
-
 def load_run(run):
     """A finished recover run, checked to be of the teacher beside it: (images.pt's dict, config, teacher's folder)."""
     config, parent = squeeze.read_config(run, "recover"), Path(run).resolve().parent

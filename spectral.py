@@ -45,7 +45,6 @@ full_precision = lambda x: torch.autocast(x.device.type, enabled=False)
 blocks = lambda X: X.split(max(4096, len(X) // 16))        # rows, to go through without a second X in memory
 
 # ---- Features, the inputs of a frozen network's modules, and their FFC and FLC (Eq. 15-16) ---------------------------
-
 def is_main_convolution(name: str, module: nn.Module) -> bool:
     """The default choice of layers: every convolution but the shortcut ("downsample") ones.
     >>> is_main_convolution("layer1.0.conv1", nn.Conv2d(3, 8, 3)), is_main_convolution("fc", nn.Linear(3, 8))
@@ -305,7 +304,6 @@ def spectral_filter(ffc: Tensor, f: Callable) -> Tensor:
         return f.matrix(psi) if hasattr(f, "matrix") else _SpectralFilter.apply(psi, f)
 
 # ---- Curriculum Frequency Matching, and the objective of Eq. 1 -------------------------------------------------------
-
 def alpha_schedule(k: int, T: int, alpha_max: float, kind: str = "cosine") -> float:
     """Eq. 18: alpha_k = alpha_max (1 + cos(pi k / T)) / 2 for k = 0 .. T-1, from alpha_max (low frequencies pass)
     toward 0 (high ones do). kind: cosine, or linear, alpha_max (1 - k/T), or constant; else ValueError.

@@ -92,11 +92,11 @@ def reference_steps(network, images, labels, real, T):
 
 def our_steps(network, images, labels, real, T):
     """recover.py's own loop, with what it prepares once a round."""
-    job = squeeze.Namespace(**recover.CFM, network=network, teacher=HALF, select=spectral.is_main_convolution)
+    job = squeeze.Namespace(**recover.CFM, network=network, teacher=HALF, select=spectral.is_main_convolution, step=None,
+                            loss=spectral.matching(real, spectral.cfm_pairs(ALPHA)), report=lambda *found: None)
     args = squeeze.Namespace(iterations=T, lr=0.1, gamma=GAMMA, signal="mean", emu="off")
     levels = ((images * 0.25 + 0.5) * 255).round().clamp(0, 255).to(torch.uint8)
-    recover.make_batch(job, args, levels, labels, spectral.matching(real, spectral.cfm_pairs(ALPHA)), {}, None,
-                       np.random.default_rng(0), lambda *found: None)
+    recover.make_batch(job, args, levels, labels, {}, np.random.default_rng(0))
 
 
 def bare_steps(network, images, labels, real, T):

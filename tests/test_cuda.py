@@ -105,12 +105,13 @@ def test_statistics_and_recover(cuda, folded, signal, emu, centred, monkeypatch)
             if name != found["head"]}
     args = Namespace(iterations=2, lr=0.1, gamma=0.1, emu=emu, centred=centred, signal=signal, filter="cfm", ipc=2,
                      alpha_max=0.1, schedule="cosine", loss="both")
-    job = Namespace(**recover.CFM, network=network, teacher=TEACHER, select=spectral.is_main_convolution)
-    loss, memory = spectral.matching(real, recover.cfm_pairs(0, args), signal, centred), {}
+    job, memory = Namespace(**recover.CFM, network=network, teacher=TEACHER, select=spectral.is_main_convolution,
+                            loss=spectral.matching(real, recover.cfm_pairs(0, args), signal, centred),
+                            report=lambda *found: None), {}
     for b in (1, 2):
+        job.step = b if emu == "paper" else None
         images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8, device=cuda)
-        images, memory = recover.make_batch(job, args, images, torch.arange(4, device=cuda), loss, memory,
-                                            b if emu == "paper" else None, np.random.default_rng(0), lambda *found: None)
+        images, memory = recover.make_batch(job, args, images, torch.arange(4, device=cuda), memory, np.random.default_rng(0))
     assert images.device.type == "cuda" and images.dtype == torch.uint8 and len(memory) == 3
     x = squeeze.normalise(images, TEACHER["mean"], TEACHER["std"])
     monkeypatch.setattr(baselines.copy, "deepcopy", lambda network: network)   # fake tensors keep their mode only so

@@ -317,10 +317,9 @@ def test_view_statistics_are_those_of_the_views(here):
             network(torch.roll(squeeze.resample(x, squeeze.crop_grid(boxes[t], flips[t], 32)), rolls[t], (2, 3)))
         seen.append({name: value.clone() for name, value in features.items()})
     for emu in ("pool", "paper"):
-        job = Namespace(teacher=teacher, smallest=recover.CFM["smallest"])
+        job = Namespace(teacher=teacher, smallest=recover.CFM["smallest"], step=1 if emu == "paper" else None)
         with spectral.collect_inputs(network, transform=spectral.moments) as layers:
-            found = recover.view_statistics(images, network, layers, 1 if emu == "paper" else None,
-                                            np.random.default_rng(5), job, Namespace(iterations=3))
+            found = recover.view_statistics(images, network, layers, np.random.default_rng(5), job, Namespace(iterations=3))
         for name in found:
             wanted = spectral.moments(torch.cat([part[name] for part in seen])).ffc if emu == "pool" else \
                 sum(spectral.moments(part[name]).ffc for part in seen) / 3

@@ -412,12 +412,12 @@ def test_precisions_do_not_mix(here):
 def test_what_turns_non_finite_is_named_and_the_last_good_batch_kept(here, monkeypatch, where, words):
     make, normalise = recover.make_batch, torch.Tensor.clamp_
 
-    def broken(job, args, images, classes, loss, memory, *rest):
+    def broken(job, args, images, classes, memory, rng):
         if memory and where == "pixels":
             monkeypatch.setattr(torch.Tensor, "clamp_", lambda self, *a: self.fill_(math.nan))
         if memory and where == "layer":
             job.network[0][0].weight.data[:] = math.nan
-        return make(job, args, images, classes, loss, memory, *rest)
+        return make(job, args, images, classes, memory, rng)
     flags = ["--iterations", "3", "--ipc", "3"]
     with monkeypatch.context() as patch:
         patch.setattr(recover, "make_batch", broken)
