@@ -121,6 +121,12 @@ def starting_images(data, ipc, confidence=None):
             raise BadInput(f"--ipc {ipc}: class {name!r} has {len(own)} training images; use at most that many")
     return torch.stack(columns, 1)
 
+def load_batch(folder, b):
+    try:
+        return squeeze.load_state(folder / f"batch{b + 1}.pt")
+    except BadInput as error:
+        raise BadInput(f"{folder}/batch{b + 1}.pt: missing or damaged: remove {folder} and start again") from error
+
 def distil(job, args):
     """Make all batches of a run, round by round. A finished one goes to the disk at once, and memory.pt says how many
     there are and holds the EMU: a killed run goes on with the next, and memory does not grow with IPC. Returns seconds.
@@ -130,6 +136,8 @@ def distil(job, args):
     done, path = dict(b=0, layers={}, seconds=0.0), job.folder / "memory.pt"
     if path.is_file():
         done = squeeze.load_state(path)
+        for b in range(done["b"]):                         # refused before any long work
+            load_batch(job.folder, b)
         print(f"resuming after batch {done['b']}")
     memory = {name: spectral.Statistics(*parts).to(device) for name, parts in done["layers"].items()}
     loss, total, start = objective(job, args), args.ipc * len(chunks), time.time() - done["seconds"]
@@ -163,10 +171,7 @@ def finish(folder, config, teacher, args, seconds):
     K, S = len(teacher["classes"]), teacher["size"]
     images = torch.empty(args.ipc, K, 3, S, S, dtype=torch.uint8)
     for b, chunk in enumerate(chunk for row in images for chunk in row.split(args.batch)):
-        try:
-            chunk.copy_(squeeze.load_state(folder / f"batch{b + 1}.pt"))
-        except BadInput as error:
-            raise BadInput(f"{folder}/batch{b + 1}.pt: missing or damaged: remove {folder} and start again") from error
+        chunk.copy_(load_batch(folder, b))
     about = {key: teacher[key] for key in ("classes", "mean", "std", "precision")}
     squeeze.save(folder / "images.pt", dict(
         images=images.flatten(0, 1), labels=torch.arange(K).repeat(args.ipc), **about, inputs=config["inputs"],
@@ -255,7 +260,7 @@ def run(args, method, defaults, prepare=lambda job, args: None):
     index = None if args.init == "noise" else starting_images(data, args.ipc)      # refused before a teacher is trained
     K, N = len(data.classes), args.ipc * len(data.classes)
     print(f"plan: {args.ipc} rounds of {K} images, {args.ipc * math.ceil(K / args.batch)} batches of {args.iterations} "
-          f"steps on {device}; images {3e-6 * N * data.size**2:.1f} MB, labels {2e-6 * N * K:.2f} MB/epoch", flush=True)
+          f"iterations on {device}; images {3e-6 * N * data.size**2:.1f} MB, labels {2e-6 * N * K:.2f} MB an epoch")
     if not args.teacher:
         squeeze.ensure(parent, "squeeze", [*flags, "--data", args.data], squeeze.main, args.resume)
     network, teacher, teacher_config = squeeze.load_teacher(parent, device)
