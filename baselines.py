@@ -5,13 +5,11 @@ loop; and rivals of today, which differ in their start, views or weights.
     python baselines.py --method dm --dataset cifar10 --network convnet --ipc 10
 
 Every objective compares  f(FFC) g(FLC)  of the real and the synthetic set; METHODS says with which. The run folder is
-like recover.py's, so relabel.py and eval.py take it as it is.
-
-These are the linear-head forms of the theory on one trained teacher, under CFM's recipe (start, cross-entropy, views).
-They leave out what the published methods add: DM and DC draw many random networks, MTT matches trajectories of a whole
-one, FrePo keeps a pool of them; CDA and DWA use their own rates and iterations. So no number made here is the published
-method's. G-VBSM is not here: it compares images of one class within a batch, where a batch here has one of each, and
-several teachers would ask for a second network in every stage."""
+like recover.py's. These are the linear-head forms of the theory on one trained teacher, under CFM's recipe (start,
+cross-entropy, views). They leave out what the published methods add: DM and DC draw many random networks, MTT matches
+trajectories of a whole one, FrePo keeps a pool of them; CDA and DWA use their own rates and iterations. So no number
+made here is the published method's. G-VBSM is not here: it compares images of one class within a batch, where a batch
+here has one of each, and several teachers would ask for a second network in every stage."""
 import copy
 import functools
 import math
@@ -28,7 +26,6 @@ from squeeze import BadInput, number
 
 # ---- The table: flags -> pairs (g, f) or (g, f_real, f_syn) as spectral.matching takes them. g: "I" matches f(Psi),
 # "diag" their diagonals, "x" signals f(Psi) Phi.
-
 def mtt(args):
     """Eq. 6-9: p steps of gradient descent on a linear head turn W_0 into
     (I - eta FFC)^p W_0 + eta sum_{i<p} (I - eta FFC)^i FLC: one filter before W_0, one before FLC; q steps on ours.

@@ -4,10 +4,9 @@ or look at the images (--report), or write them as PNGs (--export).
     python eval.py runs/toy-convnet/cfm-ipc10                              a minute on a CPU
     python eval.py runs/toy-convnet/cfm-ipc10 runs/toy-convnet/real-ipc10  one recipe, one table
 
-Each epoch shows a student the views that relabel.py showed the teacher, with the teacher's soft labels as the target
-(KL divergence at temperature T). Reported is the last epoch, mean and deviation over seeds, of the averaged student:
-the exponential average of the weights (0.99 a step, less at first). Raw last epochs, shown beside it, swing by points;
-best test epochs flatter and are not looked at. Missing labels are made first. Writes RUN/result.json."""
+Each epoch shows a student the views that relabel.py showed the teacher, with the teacher's soft labels (made first if
+missing) as the target. Reported is the last epoch, mean and deviation over seeds, of the averaged student: exponential
+average of the weights, 0.99 a step, less at first. Raw students, shown beside it, swing by points. RUN/result.json."""
 import math
 import time
 from pathlib import Path
@@ -298,9 +297,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.export and (args.report or len(args.runs) > 1):
         raise BadInput(f"--export takes one RUN, found {len(args.runs)}, and no --report: leave one out")
-    for flag, useless in (("teacher", args.teacher), ("online", args.online), ("temperature", args.temperature != 20)):
-        if args.hard and useless:
-            raise BadInput(f"--{flag} has no effect with --hard: leave one out")
+    if args.hard and (args.teacher or args.online or args.temperature != 20):
+        raise BadInput("--hard has no use for --teacher, --online or --temperature: leave one out")
     return args
 
 def main(argv):

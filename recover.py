@@ -7,12 +7,11 @@
 --preset paper takes the paper's settings (3 to 13 minutes there, and a teacher of 200 epochs); --iterations 0 leaves
 real images untouched, the honest rival. On one GPU: python recover.py --dataset tiny --ipc 100 --alpha-max 1.
 
-Images are made in batches, one image of every class (or of a chunk of the classes) at a time. All batches of round k,
-the k-th images of all classes, share alpha_k, which falls from alpha_max toward 0: early images match the low
-frequencies of the teacher's features, late ones the high. One batch: start from real images; at each iteration push a
-random view through the frozen teacher and step on  CE + gamma * sum over layers of (filter + signal loss)  (Eq. 19-20).
-
-Writes runs/<dataset>-<network>/<run>/ with images.pt, preview.png, config.json and log.jsonl."""
+Images are made in batches, one image of every class (or of a chunk of the classes) at a time. All batches of round k
+share alpha_k, which falls from alpha_max toward 0: the first images of a class match the low frequencies of the
+teacher's features, the last ones the high. One batch: start from real images; at each iteration push a random view
+through the frozen teacher and step on  CE + gamma * sum over layers of (filter + signal loss)  (Eq. 19-20). Writes
+runs/<dataset>-<network>/<run>/ with images.pt, preview.png, config.json and log.jsonl."""
 import math
 import time
 from functools import lru_cache, partial
@@ -181,8 +180,7 @@ def finish(folder, config, teacher, args, seconds):
     squeeze.finish_run(folder, config, ["images.pt"], seconds=seconds, image_bytes=images.numel())
 
 # ---- The stage -------------------------------------------------------------------------------------------------------
-def add_flags(parser):
-    """The flags that recover.py and baselines.py share."""
+def add_flags(parser):                                     # shared with baselines.py
     add = parser.add_argument_group("what").add_argument
     add("--dataset", choices=list(squeeze.PRESETS), help="default: the teacher's, or toy")
     add("--data", metavar="DIR", help="where it lies (default: where squeeze.py found it, or data)")
@@ -209,10 +207,8 @@ def parse(argv):
     add("--loss", choices=["both", "filter", "signal"], default="both", help="which of Eq. 19's two (default both)")
     add("--signal", choices=["mean", "class"], default="mean", help="FLC: mean [C] (default), or class-wise [C, K]")
     args = parser.parse_args(argv)
-    for flag, useless in (("alpha-max", args.filter == "low" and args.alpha_max),
-                          ("schedule", args.filter != "cfm" and args.schedule != "cosine")):
-        if useless:
-            raise BadInput(f"--{flag} has no effect with --filter {args.filter}: leave it out")
+    if args.filter == "low" and args.alpha_max or args.filter != "cfm" and args.schedule != "cosine":
+        raise BadInput(f"--filter {args.filter} has no use for --alpha-max (low) or --schedule: leave it out")
     args.centred, args.layers = True, "conv"
     return args
 

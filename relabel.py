@@ -6,9 +6,8 @@ epoch of the students (FKD, as SRe2L has it).
     python relabel.py runs/toy-convnet --images DIR               another method's DIR/<class>/*
 
 A view (crop box, flip, CutMix partner and patch) is a pure function of (seed, epoch, image): eval.py rebuilds exactly
-the pixels that the teacher saw, whatever its batch size, order or device, so that nothing but the labels has to be
-stored. Writes RUN/labels/, or RUN/labels-<teacher>/: soft_labels.npy (float16 logits [E, N, K]), config.json and
-log.jsonl. Full labels can be large (ImageNet at IPC 50: 28 GB for 0.75 GB of images): --keep-epochs stores fewer."""
+the pixels that the teacher saw, and only the labels have to be stored. Writes RUN/labels/, or RUN/labels-<teacher>/:
+soft_labels.npy (float16 logits [E, N, K]; ImageNet at IPC 50: 28 GB, or fewer epochs by --keep-epochs)."""
 import contextlib
 import hashlib
 import math

@@ -13,9 +13,8 @@ Letters:
     pairs       [(g, f), ...]: what is compared (Theorem 1); CFM's by `cfm_pairs`, other methods' in baselines.py
 Large lambda is low frequency (colour, coarse shape), small lambda is high frequency (texture, diversity).
 
-Needs torch alone. No I/O, no global state, no device choice: everything happens where the arguments are. Mistakes
-in them are ValueErrors that name the argument; features that are not finite show as a loss that is not.
-All of it, from a loader to the gradient of some images:
+Needs torch alone. No I/O, no global state, no device choice. Mistakes in arguments are ValueErrors that name them;
+features that are not finite show as a loss that is not. All of it, from a loader to the gradient of some images:
     >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
     >>> loader = [(torch.rand(20, 3, 9, 9), torch.arange(20) % 5) for _ in range(3)]
     >>> images = torch.rand(5, 3, 9, 9, requires_grad=True)
@@ -26,8 +25,6 @@ All of it, from a loader to the gradient of some images:
     ...     loss(layers).backward()
     >>> images.grad.shape
     torch.Size([5, 3, 9, 9])"""
-from __future__ import annotations
-
 import math
 import threading
 from contextlib import ExitStack, contextmanager
@@ -109,7 +106,7 @@ class Statistics(NamedTuple):
     flc: Tensor | None = None           # [C, K], H^T Y / B
     share: Tensor | None = None         # [K], 1^T Y / B, the classes' shares
 
-    def to(self, *args) -> Statistics:  # each part's Tensor.to: another device or precision
+    def to(self, *args) -> "Statistics":    # each part's Tensor.to: another device or precision
         return Statistics(self.count, *(part if part is None else part.to(*args) for part in self[1:]))
 
     @property
@@ -202,7 +199,6 @@ def real_statistics(network: nn.Module, batches: Iterable, K: int, select: Calla
 
 # ---- Filters f(FFC) = U f(Lambda) U^T: functions of the eigenvalues. Where it can be had without them, f has that
 # shortcut as f.matrix. identity: f = 1, all-pass (DM); low_pass: f = lambda (SRe2L, DC, CovM).
-
 identity, low_pass = (lambda lam: torch.ones_like(lam)), (lambda lam: lam)
 identity.matrix = lambda psi: torch.eye(psi.shape[-1], dtype=psi.dtype, device=psi.device).expand_as(psi)
 low_pass.matrix = lambda psi: psi
