@@ -71,6 +71,10 @@ PRESETS = {
 class BadInput(ValueError):
     """Something the user can mend. The message is one line: the flag or file, what was found, what to do."""
 
+    def __init__(self, message):
+        message = message.split("BadInput: ")[-1].strip()  # a DataLoader's worker hands on a traceback
+        super().__init__("".join(c if c.isprintable() else "?" for c in message))      # strangers name files and classes
+
 class Parser(argparse.ArgumentParser):
     """argparse with the first two paragraphs of a script's docstring as help, and one-line errors like all others."""
 
@@ -102,8 +106,7 @@ def script(main):
         reason = "out of memory: lower --batch, then --resume"
     except KeyboardInterrupt:
         reason = "interrupted; the same command with --resume goes on"
-    reason = "".join(c if c.isprintable() else "?" for c in reason)        # whatever a stranger calls files and classes
-    sys.exit(f"{Path(sys.argv[0]).name}: {reason}")
+    sys.exit(f"{Path(sys.argv[0]).name}: {BadInput(reason)}")              # of one line, an OSError's too
 
 def keep_freed_memory():
     """Ask glibc to keep freed blocks: handing each large activation back to the kernel, to be faulted in again page by
@@ -151,12 +154,14 @@ def toy(per_class, classes, seed, size=32):
         images.append(((coarse + wave + 0.12 * normal(size, size)).clamp(0, 1) * 255).round().to(torch.uint8))
     return torch.cat(images), torch.arange(classes).repeat_interleave(per_class)
 
-def load_toy(root, size, classes):
+def load_toy(root, classes):
     train, test = toy(max(60, 4000 // classes), classes, 0), toy(max(10, 1000 // classes), classes, 1)
     return Split(*train), Split(*test), [f"layout{k // 2}-{('rows', 'columns')[k % 2]}" for k in range(classes)]
 
 def download(url, md5, root):
-    """Fetch and unpack a data set's archive."""
+    """Fetch and unpack a data set's archive, into a folder that is there: a name mistyped makes none."""
+    if root != "data" and not Path(root).is_dir():
+        raise BadInput(f"--data {root}: no such folder: name the data set's, or an empty one to load it to")
     print(f"--data {root}: incomplete, so downloading {url}")
     try:
         download_and_extract_archive(url, root, md5=md5)
@@ -174,7 +179,7 @@ class Plain(pickle.Unpickler):
     def find_class(self, module, name):
         return self.names[name]
 
-def load_cifar(kind, root):
+def load_cifar(kind, root, _):
     """(train, test, classes), every file checked. kind: torchvision's class, which knows names and checksums."""
     folder, key, parts = Path(root) / kind.base_folder, kind.meta["key"], []
     names = [kind.meta["filename"], *(name for name, _ in kind.train_list + kind.test_list)]
@@ -197,14 +202,13 @@ def load_cifar(kind, root):
 def class_folders(root):
     return sorted(entry.name for entry in Path(root).glob("*") if entry.is_dir())
 
-def image_files(root, names):
-    """(paths, labels) of root/<class>/**.{jpg, png, ...} for the class names in order; labels count from 0."""
-    found = make_dataset(str(root), {name: i for i, name in enumerate(names)}, IMG_EXTENSIONS, allow_empty=True)
-    paths, labels = [path for path, _ in found], torch.tensor([label for _, label in found], dtype=torch.long)
-    counts = torch.bincount(labels, minlength=len(names))
-    if counts.min() == 0:
-        raise BadInput(f"{root}: no image in class {names[int(counts.argmin())]!r}: every class needs some")
-    return Split(paths, labels)
+def image_files(root, names, classes=None):
+    """The images root/<name>/**.{jpg, png, ...} of the class names; labels are positions in classes (or in names)."""
+    try:
+        found = make_dataset(str(root), {name: (classes or names).index(name) for name in names}, IMG_EXTENSIONS)
+    except FileNotFoundError as error:                     # it names the classes
+        raise BadInput(f"{root}: {error}: every class needs some") from error
+    return Split([path for path, _ in found], torch.tensor([label for _, label in found]))
 
 def folder_names(classes):
     """What an export calls the folders of classes: their names, quoted as in a URL, or %XX for every byte where one
@@ -214,34 +218,31 @@ def folder_names(classes):
     return [quote(name, safe=" ") if plain.fullmatch(quote(name, safe=" ")) and lower.count(key) == 1 else
             "".join(f"%{byte:02X}" for byte in name) for name, key in zip(names, lower)]
 
-def load_folder(root, size, classes):
+def load_folder(root, _):
     """Any train/ + val/ of class folders: ImageNet as torchvision has it, or the user's own images."""
     train, val = (class_folders(Path(root) / part) for part in ("train", "val"))
     if not val or (strange := sorted(set(val) - set(train))):
         found = f"class {strange[0]!r} of val/ is not in train/" if val else "no class folders in val/"
         raise BadInput(f"--data {root}: expected train/<class>/<image> and val/<class>/<image>, {found}: complete it")
-    test, position = image_files(Path(root) / "val", val), torch.tensor([train.index(name) for name in val])
-    return image_files(Path(root) / "train", train), test._replace(labels=position[test.labels]), train
+    return image_files(Path(root) / "train", train), image_files(Path(root) / "val", val, train), train
 
-def load_tiny(root, size, classes):
+def load_tiny(root, _):
     """Tiny-ImageNet-200 as in the original zip, or a copy of it with fewer classes."""
     folder = Path(root) / "tiny-imagenet-200"
     if not folder.is_dir():
         download("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de", root)
     names, annotations = class_folders(folder / "train"), folder / "val" / "val_annotations.txt"
-    lines = annotations.read_text(errors="replace").splitlines() if annotations.is_file() else []
-    rows = [line.split("\t")[:2] for line in lines if "\t" in line]
-    rows = [(folder / "val" / "images" / Path(file).name, names.index(wnid)) for file, wnid in rows if wnid in names]
-    absent = [path for path, _ in rows if not path.is_file()]
-    if absent or not rows:
-        what = f"names {absent[0]}, which is not there" if absent else "holds no image of the classes in train/"
-        raise BadInput(f"{annotations}: {what}: unpack it again")
-    return (image_files(folder / "train", names),
-            Split([str(path) for path, _ in rows], torch.tensor([label for _, label in rows])), names)
+    text = annotations.read_text(errors="replace") if annotations.is_file() else ""
+    rows = [row for row in re.findall(r"^(.+?)\t(\w+)", text, re.MULTILINE) if row[1] in names]
+    if not rows:
+        raise BadInput(f"{annotations}: names no image of the classes in train/: unpack it again")
+    test = Split([str(folder / "val" / "images" / Path(file).name) for file, _ in rows],
+                 torch.tensor([names.index(wnid) for _, wnid in rows]))
+    return image_files(folder / "train", names), test, names
 
-LOADERS = {"toy": load_toy, "cifar10": lambda root, size, classes: load_cifar(CIFAR10, root),
-           "cifar100": lambda root, size, classes: load_cifar(CIFAR100, root),
-           "tiny": load_tiny, "imagenet": load_folder, "folder": load_folder}
+# Of the folder --data and the number of toy's classes: (train, test, class names)
+LOADERS = {"toy": load_toy, "cifar10": functools.partial(load_cifar, CIFAR10), "tiny": load_tiny,
+           "cifar100": functools.partial(load_cifar, CIFAR100), "imagenet": load_folder, "folder": load_folder}
 
 def select(split, index):
     """The images of a split at positions index [n]."""
@@ -250,49 +251,39 @@ def select(split, index):
 
 def hold_out(train):
     """(rest, held): the last 10 % of every class's training images, to choose settings on instead of the test set."""
-    held = torch.zeros(len(train.labels), dtype=torch.bool)
-    for c in train.labels.unique():
-        own = (train.labels == c).nonzero().flatten()
-        held[own[len(own) - math.ceil(len(own) / 10):]] = True
-    return tuple(select(train, part.nonzero().flatten()) for part in (~held, held))
+    by_class = [(train.labels == c).nonzero()[:, 0] for c in train.labels.unique()]
+    held = torch.cat([own[len(own) * 9 // 10:] for own in by_class]).sort().values
+    rest = torch.cat([own[:len(own) * 9 // 10] for own in by_class]).sort().values
+    return select(train, rest), select(train, held)
 
 def load_data(name, root, size=None, classes=None, validate=None):
     """Load a data set by name. root: the folder it lies in (--data); validate: see hold_out. Or BadInput."""
-    if not Path(root).is_dir() and (name in ("imagenet", "folder") or root != "data" and name != "toy"):
-        wanted = "train/ and val/" if name in ("imagenet", "folder") else f"{name} in it, or an empty one to load it to"
-        raise BadInput(f"--data {root}: no such folder: name one with {wanted}")
-    size = size or PRESETS[name]["size"]
-    train, test, names = LOADERS[name](root, size, classes or 10)
+    train, test, names = LOADERS[name](root, classes or 10)
     train, test = hold_out(train) if validate else (train, test)
-    digest = hashlib.sha256(train.labels.numpy().tobytes())
     if torch.is_tensor(train.images):
-        digest.update(train.images.numpy().tobytes())
+        content = train.images.numpy().tobytes()
     else:                                                  # names and lengths: reading a million files takes an hour
-        for path in train.images:
-            digest.update(f"{os.path.relpath(path, root)} {os.path.getsize(path)}\n".encode())
-    return Data(names, size, train, test, digest.hexdigest())
+        content = "".join(f"{os.path.relpath(path, root)} {os.path.getsize(path)}\n" for path in train.images).encode()
+    digest = hashlib.sha256(train.labels.numpy().tobytes() + content).hexdigest()
+    return Data(names, size or PRESETS[name]["size"], train, test, digest)
 
 def read(split, transform, seed, index):
     """Image files, decoded to RGB. Random transforms are drawn from seed + position, for any number of workers."""
     images = []
     for i in index:
         try:
-            image = default_loader(split.images[i])
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed + i)
+                images.append(transform(default_loader(split.images[i])))
         except Exception:                                  # PIL has many
             raise BadInput(f"{split.images[i]}: not a readable image: mend or remove it") from None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + i)
-            images.append(transform(image))
     return torch.stack(images), split.labels[index]
 
 def stream(split, transform, batch, seed=0):
-    """Batches of a split of files, in order: yields uint8 [B, 3, S, S], int64 [B]."""
+    """Batches of a split of files, in order: uint8 [B, 3, S, S], int64 [B]."""
     n, collate = len(split.labels), functools.partial(read, split, transform, seed)
-    try:
-        yield from torch.utils.data.DataLoader(
-            range(n), batch, collate_fn=collate, num_workers=min(8, os.cpu_count()) if n > 1000 else 0)
-    except BadInput as error:                              # a worker wraps it into its traceback
-        raise BadInput(str(error).split("BadInput: ")[-1].strip()) from None
+    workers = min(8, os.cpu_count()) if n > 1000 else 0
+    return torch.utils.data.DataLoader(range(n), batch, collate_fn=collate, num_workers=workers)
 
 def normalise(images, mean, std):
     """uint8 [B, 3, S, S] -> float32, zero mean and unit deviation, channels last (several times faster on CPUs)."""
@@ -342,15 +333,6 @@ def resample(images, grid):
     out = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return out.contiguous(memory_format=torch.channels_last)
 
-def shifted(padded, index, rng, size):
-    """Random crops of size S and flips of images[index], from images padded beforehand: uint8 [B, 3, S, S]."""
-    B, room = len(index), padded.shape[-1] - size + 1
-    top, left, flip = (torch.from_numpy(rng.integers(0, high, (B, 1))) for high in (room, room, 2))
-    span = torch.arange(size)
-    rows, cols = top + span, left + torch.where(flip == 1, span.flip(0), span)
-    rows, cols, index = (v.to(padded.device) for v in (rows, cols, index))
-    return padded[index[:, None, None], :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
-
 def training_batches(data, batch, augment, rng):
     """One epoch of the training set, shuffled and augmented: yields uint8 or float (0..255) [B, 3, S, S], int64 [B].
     augment: "crop", S pixels out of S + 8, or "resized", torchvision's RandomResizedCrop; both with flips."""
@@ -360,10 +342,13 @@ def training_batches(data, batch, augment, rng):
         view = T.Compose([T.RandomResizedCrop(data.size), T.RandomHorizontalFlip(), T.PILToTensor()])
         yield from stream(select(data.train, order), view, batch, int(rng.integers(2**31)))
         return
-    padded = F.pad(images, (4, 4, 4, 4)) if augment == "crop" else None
+    if augment == "crop":                                  # windows [n, 3, 9, 9, S, S], a view of the padded images
+        windows = F.pad(images, (4, 4, 4, 4)).unfold(2, data.size, 1).unfold(3, data.size, 1)
     for index in order.split(batch):
         if augment == "crop":
-            yield shifted(padded, index, rng, data.size), labels[index]
+            top, left, flip = (torch.from_numpy(rng.integers(0, high, len(index))).to(images.device) for high in (9, 9, 2))
+            view = windows[index.to(images.device), :, top, left]
+            yield torch.where(flip.view(-1, 1, 1, 1) == 1, view.flip(3), view), labels[index]
         else:
             boxes = crop_boxes(rng.random((len(index), 4)), (0.08, 1))
             grid = crop_grid(boxes, torch.from_numpy(rng.random(len(index)) < 0.5), data.size).to(images.device)

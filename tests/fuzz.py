@@ -91,7 +91,7 @@ def attempt(module, line):
 
 def prepare():
     """A teacher and a run to point at, a broken file, an unfinished folder; then no stage works any more."""
-    few = lambda root, size, classes: (*(squeeze.Split(*squeeze.toy(30, classes, seed)) for seed in (0, 1)),
+    few = lambda root, classes: (*(squeeze.Split(*squeeze.toy(30, classes, seed)) for seed in (0, 1)),
                                        [f"c{i}" for i in range(classes)])
     squeeze.LOADERS["toy"] = few
     with contextlib.redirect_stdout(io.StringIO()):
@@ -102,7 +102,7 @@ def prepare():
     Path("file").touch(), Path("folder").mkdir(), Path("broken.pt").write_bytes(b"PK\3\4junk"), Path("runs/half").mkdir()
     squeeze.save(Path("runs/half/config.json"), {"stage": "squeeze"})
     squeeze.train = squeeze.gather_statistics = recover.distil = relabel.write = evaluation.evaluate = stop
-    squeeze.download_and_extract_archive = torch.hub.download_url_to_file = stop
+    squeeze.datasets.utils.download_and_extract_archive = torch.hub.download_url_to_file = stop
 
 
 def main():

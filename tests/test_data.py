@@ -52,18 +52,20 @@ def test_folder_data(folder):
 
 def test_folder_errors(folder):
     load = lambda: squeeze.load_data("folder", str(folder), size=32)
-    one_line(lambda flags: squeeze.load_data("folder", "nowhere"), [], "--data nowhere", "train/")
+    one_line(lambda flags: squeeze.load_data("folder", "nowhere"), [], "--data nowhere", "train/", "found none")
     extra = folder / "val" / "mouse"
     picture(extra / "0.jpg")
-    one_line(lambda flags: load(), [], "'mouse'", "not in train/")
+    one_line(lambda flags: load(), [], "expected train/<class>/<image>", "'mouse'")
     shutil.rmtree(extra)
     (folder / "train" / "cat" / "3.jpg").write_bytes(b"no picture")
     one_line(lambda flags: list(squeeze.batches(load(), load().train, 4)), [], "cat/3.jpg", "not a readable image")
+    many = squeeze.Split(load().train.images * 200, torch.zeros(2000, dtype=torch.long))     # two workers: not their traceback
+    one_line(lambda flags: list(squeeze.batches(load(), many, 4)), [], "cat/3.jpg: not a readable image: mend or remove it")
     one_line(lambda flags: recover.starting_images(load(), 6), [], "--ipc 6", "'cat'", "5 training images")
     (folder / "val" / "empty").mkdir(), (folder / "train" / "empty").mkdir()
-    one_line(lambda flags: load(), [], "no image in class 'empty'")
+    one_line(lambda flags: load(), [], "train", "classes empty", "some of every class")
     (folder / "empty" / "train").mkdir(parents=True)
-    one_line(lambda flags: squeeze.load_data("imagenet", str(folder / "empty")), [], "expected train/<class>/<image>", "no class folders")
+    one_line(lambda flags: squeeze.load_data("imagenet", str(folder / "empty")), [], "expected train/<class>/<image>", "none")
 
 
 def test_folder_runs_end_to_end_and_the_size_is_remembered(folder, capsys):
@@ -75,7 +77,7 @@ def test_folder_runs_end_to_end_and_the_size_is_remembered(folder, capsys):
     run = f"{teacher}/cfm-ipc2-iterations2"
     assert torch.load(f"{run}/images.pt", weights_only=True)["images"].shape == (4, 3, 32, 32)
     evaluation.main([run, "--seeds", "1", "--epochs", "2"])
-    assert "plan: 2 rounds of 2 images, 2 batches of 2 iterations" in capsys.readouterr().out
+    assert "plan: 2 rounds of 2 images, 2 batches of 2 steps" in capsys.readouterr().out
     one_line(squeeze.main, ["--size", "32"], "--size", "folder")
     one_line(squeeze.main, ["--pretrained"], "--pretrained", "imagenet")
 
@@ -94,6 +96,22 @@ def tiny(root):
     return base
 
 
+def test_held_out_images_and_crops(folder):
+    """--validate: the last tenth (here at least one) of each class; "crop": S pixels of S + 8, mirrored or not."""
+    data = squeeze.load_data("folder", str(folder), size=32, validate=True)
+    assert data.train.labels.tolist() == [0] * 4 + [1] * 4 and [Path(path).name for path in data.test.images] == ["4.jpg"] * 2
+    toy = squeeze.load_data("toy", "data", classes=3, validate=True)
+    images, labels = squeeze.toy(1333, 3, 0)
+    assert torch.equal(toy.test.images, torch.cat([images[labels == c][1199:] for c in range(3)]))
+    assert torch.equal(toy.train.images, torch.cat([images[labels == c][:1199] for c in range(3)]))
+    data = squeeze.Data([], 32, squeeze.Split(images[:9], torch.arange(9)), None, "")
+    padded = torch.nn.functional.pad(images[:9], (4, 4, 4, 4))
+    for crops, index in squeeze.training_batches(data, 4, "crop", np.random.default_rng(0)):
+        for crop, i in zip(crops, index):
+            windows = [padded[i, :, top:top + 32, left:left + 32] for top in range(9) for left in range(9)]
+            assert any(torch.equal(crop, window) or torch.equal(crop, window.flip(2)) for window in windows)
+
+
 def test_tiny(tmp_path, monkeypatch):
     base = tiny(tmp_path)
     data = squeeze.load_data("tiny", str(tmp_path))
@@ -103,12 +121,11 @@ def test_tiny(tmp_path, monkeypatch):
     expected = torchvision.transforms.functional.pil_to_tensor(Image.open(base / "train/n01/images/n01_1.JPEG"))
     assert torch.equal(train.images[1], expected)
     (base / "val" / "images" / "val_1.JPEG").unlink()
-    one_line(lambda flags: squeeze.load_data("tiny", str(tmp_path)), [], "val_annotations.txt", "val_1.JPEG",
-             "not there")
+    one_line(lambda flags: squeeze.in_memory(data, data.test, torch.device("cpu")), [], "val_1.JPEG", "not a readable image")
     (base / "val" / "val_annotations.txt").unlink()
     one_line(lambda flags: squeeze.load_data("tiny", str(tmp_path)), [], "val/val_annotations.txt")
     shutil.rmtree(base)
-    monkeypatch.setattr(squeeze, "download_and_extract_archive", lambda *a,
+    monkeypatch.setattr(squeeze.datasets.utils, "download_and_extract_archive", lambda *a,
                         **k: (_ for _ in ()).throw(OSError("no network")))
     one_line(lambda flags: squeeze.load_data("tiny", str(tmp_path)), [], "cannot be downloaded",
              "tiny-imagenet-200.zip")
@@ -191,7 +208,7 @@ def test_export_reads_back_to_the_same_accuracy(here):
     results = [json.loads(Path(f"{r}/result.json").read_text())["convnet-epochs4"] for r in (run, back)]
     assert results[0]["averaged"] == results[1]["averaged"] and results[0]["raw"] == results[1]["raw"]
     one_line(evaluation.main, [run, "--export", "images-of-mine"], "--export", "not an empty folder")
-    one_line(relabel.main, ["runs/toy-convnet", "--images", "nowhere"], "nowhere: no image in class")
+    one_line(relabel.main, ["runs/toy-convnet", "--images", "nowhere"], "nowhere: Found no valid file")
     Path("images-of-mine/zebra").mkdir()
     one_line(relabel.main, ["runs/toy-convnet", "--images", "images-of-mine"], "'zebra'")
     Path("images-of-mine/zebra").rmdir()
