@@ -63,17 +63,15 @@ PRESETS = {
     "tiny": dict(FOLDER, mean=[0.4802, 0.4481, 0.3975], std=[0.2770, 0.2691, 0.2821], size=64,
                  squeeze=dict(LARGE, epochs=50, lr=0.2), recover=dict(RECOVER, alpha_max=1.0)),
     "imagenet": dict(FOLDER, squeeze=dict(LARGE, schedule="step"), recover=dict(RECOVER, batch=500)),
-    "folder": FOLDER,
-}
+    "folder": FOLDER}
 
 # ---- Errors and flags ------------------------------------------------------------------------------------------------
-
 class BadInput(ValueError):
     """Something the user can mend. The message is one line: the flag or file, what was found, what to do."""
 
     def __init__(self, message):
         message = message.split("BadInput: ")[-1].strip()  # a DataLoader's worker hands on a traceback
-        super().__init__("".join(c if c.isprintable() else "?" for c in message))      # strangers name files and classes
+        super().__init__("".join(c if c.isprintable() else "?" for c in message))      # strangers name files, classes
 
 class Parser(argparse.ArgumentParser):
     """argparse with the first two paragraphs of a script's docstring as help, and one-line errors like all others."""
@@ -126,7 +124,6 @@ def peak_memory(device):
     return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1e3 if status.is_file() else math.nan
 
 # ---- Data sets and views ---------------------------------------------------------------------------------------------
-
 class Split(NamedTuple):
     images: object          # uint8 [n, 3, S, S] in memory, or a list of n file names that are read when needed
     labels: torch.Tensor    # int64 [n]
@@ -207,7 +204,7 @@ def image_files(root, names, classes=None):
     try:
         found = make_dataset(str(root), {name: (classes or names).index(name) for name in names}, IMG_EXTENSIONS)
     except FileNotFoundError as error:                     # it names the classes
-        raise BadInput(f"{root}: {error}: every class needs some") from error
+        raise BadInput(f"{root}: {str(error)[:200]}: every class needs some") from error
     return Split([path for path, _ in found], torch.tensor([label for _, label in found]))
 
 def folder_names(classes):
@@ -346,16 +343,15 @@ def training_batches(data, batch, augment, rng):
         windows = F.pad(images, (4, 4, 4, 4)).unfold(2, data.size, 1).unfold(3, data.size, 1)
     for index in order.split(batch):
         if augment == "crop":
-            top, left, flip = (torch.from_numpy(rng.integers(0, high, len(index))).to(images.device) for high in (9, 9, 2))
-            view = windows[index.to(images.device), :, top, left]
-            yield torch.where(flip.view(-1, 1, 1, 1) == 1, view.flip(3), view), labels[index]
+            top, left, flip = (torch.from_numpy(rng.integers(0, high, len(index))) for high in (9, 9, 2))
+            crops, flip = windows[index, :, top, left], flip.bool().to(images.device)
+            yield torch.where(flip[:, None, None, None], crops.flip(3), crops), labels[index]
         else:
             boxes = crop_boxes(rng.random((len(index), 4)), (0.08, 1))
             grid = crop_grid(boxes, torch.from_numpy(rng.random(len(index)) < 0.5), data.size).to(images.device)
             yield resample(images[index.to(images.device)].float(), grid), labels[index]
 
 # ---- Networks --------------------------------------------------------------------------------------------------------
-
 def convnet(classes, size, width=128):
     """ConvNet-128 of the distillation literature with BatchNorm: 3 blocks at 32 px, 4 at 64, 6 at 224."""
     depth = max(1, round(math.log2(size)) - 2)
@@ -402,7 +398,6 @@ def accuracy(network, data, teacher, batch=500):
 
 # ---- Run folders: config.json (settings, versions, hashes), log.jsonl (a line an epoch or batch) and artefacts. These
 # are written under a temporary name, flushed and renamed: if one exists, it is whole, even after a power cut.
-
 def sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -443,8 +438,8 @@ def read_json(path):
             raise ValueError
         return content
     except (ValueError, AttributeError, OSError, RecursionError):
-        what = path.parent if path.stem == "config" else "it"
-        raise BadInput(f"{path}: damaged: remove {what} and make it again") from None
+        whole = path.parent if path.stem == "config" else "it"
+        raise BadInput(f"{path}: damaged: remove {whole} and make it again") from None
 
 def load_state(path):
     """The tensors and plain containers of a .pt, on the CPU. BadInput if it holds anything else, a byte is not as
@@ -485,13 +480,12 @@ LOCKS = {}                                                 # inode: the handle, 
 def lock(folder):
     """Refuse a folder that another process writes to. Windows and some network disks have no such locks: nothing."""
     with contextlib.suppress(OSError, NameError):
-        if (inode := os.stat(folder)[1:3]) not in LOCKS:   # and its device
-            handle = os.open(folder, os.O_RDONLY)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise BadInput(f"{folder}: another process is at work here: wait for it, or stop it") from None
-            LOCKS[inode] = handle
+        inode = os.stat(folder)[1:3]                       # and its device
+        LOCKS[inode] = LOCKS.get(inode) or os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(LOCKS[inode], fcntl.LOCK_EX | fcntl.LOCK_NB)       # nothing new where this process has it
+        except BlockingIOError:
+            raise BadInput(f"{folder}: another process is at work here: wait for it, or stop it") from None
 
 def open_run(folder, stage, settings, inputs, resume):
     """Start a run folder, or go on with one under --resume: returns its config. settings: every resolved flag; inputs:
@@ -524,9 +518,7 @@ def finish_run(folder, config, artefacts, **results):
 
 def fill(args, preset):
     """Flags left out take the preset's values; a flag given always wins. Returns args."""
-    for key, value in preset.items():
-        if getattr(args, key, None) is None:
-            setattr(args, key, value)
+    vars(args).update({key: value for key, value in preset.items() if vars(args).get(key) is None})
     return args
 
 def settings(args, hidden=()):
@@ -542,7 +534,6 @@ def changed(settings, defaults, hidden=()):
             if key not in hidden and value != defaults[key]]
 
 # ---- The stage -------------------------------------------------------------------------------------------------------
-
 def train(network, data, teacher, args, folder):
     """SGD with momentum, the rate by step; checkpoint.pt after each epoch, so a kill costs at most one."""
     device, steps = next(network.parameters()).device, math.ceil(len(data.train.labels) / args.batch)
@@ -578,44 +569,36 @@ def gather_statistics(network, data, teacher, batch):
     """One pass over the training set: {"layers": {name: Statistics of every convolution's and the last linear layer's
     input}, "head": that layer's name, "confidence" [n]: log-probability of each image's own class}."""
     head = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]     # its input: H
+    wanted = lambda name, module: name == head or spectral.is_main_convolution(name, module)
     start, confidence, device = time.time(), [], next(network.parameters()).device
     def ask(images, labels):
-        logits = forward(network, normalise(images, teacher["mean"], teacher["std"])).double()  # float32 has ties
-        confidence.append(logits.log_softmax(1).gather(1, labels[:, None])[:, 0].cpu())
-    loader = ((images.to(device), labels.to(device)) for images, labels in batches(data, data.train, batch))
-    wanted = lambda name, module: name == head or spectral.is_main_convolution(name, module)
-    layers = spectral.real_statistics(network, loader, len(data.classes), wanted, forward=ask)
-    print(f"statistics of {len(layers)} layers over {len(data.train.labels)} images: {time.time() - start:.1f} s",
-          flush=True)
-    return dict(layers={name: layer.to(torch.float32).to("cpu")._asdict() for name, layer in layers.items()}, head=head,
+        logits = forward(network, normalise(images.to(device), teacher["mean"], teacher["std"]))
+        confidence.append(-F.cross_entropy(logits.cpu().double(), labels, reduction="none"))    # float32 has ties
+    layers = spectral.real_statistics(network, batches(data, data.train, batch), len(data.classes), wanted, forward=ask)
+    print(f"statistics of {len(layers)} layers: {time.time() - start:.1f} s", flush=True)
+    return dict(layers={name: layer.to("cpu", torch.float32)._asdict() for name, layer in layers.items()}, head=head,
                 confidence=torch.cat(confidence))
 
 def fold(network):
     """The network in eval mode with every BatchNorm folded into the convolution before it (its neighbour in order of
     definition), and no weight gradients. The inputs of the convolutions, and so all statistics, stay what they are."""
-    network.eval().requires_grad_(False)
-    for parent in list(network.modules()):
-        children = list(parent.named_children())
-        for (first, conv), (second, norm) in zip(children, children[1:]):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                fused = nn.utils.fusion.fuse_conv_bn_eval(conv, norm)
-                setattr(parent, first, fused.requires_grad_(False).to(memory_format=torch.channels_last))
-                setattr(parent, second, nn.Identity())
-    return network
-
-def restore(teacher):
-    """The network that a teacher.pt holds."""
-    network = build_network(teacher["network"], len(teacher["classes"]), teacher["size"], teacher["precision"])
-    network.load_state_dict(teacher["state_dict"])
-    normalise(torch.zeros(1, 3, 1, 1), teacher["mean"], teacher["std"])        # raises where they are none
-    return network
+    modules = list(network.eval().named_modules())
+    for (first, conv), (second, norm) in zip(modules, modules[1:]):
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            fused = nn.utils.fusion.fuse_conv_bn_eval(conv, norm)
+            network.set_submodule(first, fused.to(memory_format=torch.channels_last))
+            network.set_submodule(second, nn.Identity())
+    return network.requires_grad_(False)
 
 def load_teacher(folder, device):
     """A finished squeeze run: (folded network, teacher.pt's dict, config)."""
     config = read_config(folder, "squeeze")
     teacher = load_state(checked(folder, "teacher.pt", config))
     try:
-        return fold(restore(teacher).to(device)), teacher, config
+        network = build_network(teacher["network"], len(teacher["classes"]), teacher["size"], teacher["precision"])
+        network.load_state_dict(teacher["state_dict"])
+        normalise(torch.zeros(1, 3, 1, 1), teacher["mean"], teacher["std"])    # raises where they are none
+        return fold(network.to(device)), teacher, config
     except Exception as error:                             # a stranger's can hold anything
         raise BadInput(f"{folder}/teacher.pt: not as squeeze.py writes it today: squeeze again") from error
 
@@ -635,16 +618,15 @@ def given_weights(network, args, teacher):
         about = {key: list(state.get(key, teacher[key])) for key in ("classes", "mean", "std")}
         remedy = (f"{str(about)[:200]} found: mean and std must be three numbers of (0, 1] each, classes and order the "
                   f"data set's, {str(teacher['classes'])[:60]}")
-        if about["classes"] != teacher["classes"] or {len(about["mean"]), len(about["std"])} != {3} or not all(
-                0 < value <= 1 for value in about["mean"] + about["std"]):
+        normalise(torch.zeros(1, 3, 1, 1), about["mean"], about["std"])        # raises unless they are three numbers
+        if about["classes"] != teacher["classes"] or not all(0 < value <= 1 for value in about["mean"] + about["std"]):
             raise ValueError
         remedy = f"no {args.network} for this data set: another architecture, input size or class count"
         network.load_state_dict(state.get("state_dict", state))
     except Exception as error:                             # urllib's, a broken file's, or torch's long complaint
         raise BadInput(f"{flag}: {type(error).__name__}: {remedy}") from error
     teacher.update(about)
-    print(f"{flag}: images are normalised with mean {teacher['mean']}, std {teacher['std']}"
-          f"{'' if 'mean' in state else ': it names none of its own'}")
+    print(f"{flag}: images are normalised with mean {about['mean']}, std {about['std']}")
 
 def parse(argv):
     parser = Parser(__doc__)
@@ -663,22 +645,21 @@ def parse(argv):
     add("--keep", type=number(int, 1), nargs="+", metavar="E", help="keep the weights of these epochs, for --teacher")
     add("--seed", type=number(int, 0), default=0, help="default 0")
     add("--validate", action="store_true", help="hold out the last tenth of each class, to choose settings on")
-    add = parser.add_argument_group("instead of training").add_argument
+    add = parser.add_argument_group("instead of training").add_mutually_exclusive_group().add_argument
     add("--pretrained", action="store_true", help="imagenet only: torchvision's weights")
     add("--teacher", metavar="FILE", help="a state dict of --network, or a dict of state_dict, mean and std")
     args = parser.parse_args(argv)
     for flag, only in (("size", "folder"), ("pretrained", "imagenet"), ("classes", "toy")):
         if getattr(args, flag) and args.dataset != only:
             raise BadInput(f"--{flag} is for --dataset {only}, found {args.dataset}: leave it out")
-    given = "--teacher" if args.teacher else "--pretrained" if args.pretrained else None
-    for flag in ("pretrained", "epochs", "lr", "wd", "keep"):
-        if given and f"--{flag}" != given and getattr(args, flag):
-            raise BadInput(f"--{flag} has no effect with {given}: leave one out")
-    if args.keep and max(args.keep) > (args.epochs or PRESETS[args.dataset]["squeeze"]["epochs"]):
-        raise BadInput(f"--keep {max(args.keep)} found, must be at most --epochs")
+    for flag in ("epochs", "lr", "wd", "keep"):
+        if (args.teacher or args.pretrained) and getattr(args, flag):
+            raise BadInput(f"--{flag} has no effect with --teacher or --pretrained: leave one out")
     if args.pretrained and args.network == "convnet":
         raise BadInput("--pretrained: torchvision has no weights for --network convnet: name a resnet")
     preset = PRESETS[args.dataset]
+    if max(args.keep or [0]) > (args.epochs or preset["squeeze"]["epochs"]):
+        raise BadInput(f"--keep {max(args.keep)} found, must be at most --epochs")
     return fill(args, {**preset["squeeze"], "network": preset["network"], "size": preset["size"], "classes": 10,
                        "precision": native_precision(pick_device())})
 
@@ -710,22 +691,19 @@ def main(argv):
     args.data = str(Path(args.data).resolve())
     inputs = {"data": data.sha256, **({"teacher": sha256(args.teacher)} if args.teacher else {})}
     config = open_run(folder, "squeeze", settings(args), inputs, args.resume)
-    if "statistics.pt" not in config["artefacts"]:
+    if not config["artefacts"]:
         data = data._replace(train=in_memory(data, data.train, device), test=in_memory(data, data.test, device))
-        if not (folder / "teacher.pt").is_file():
-            network.to(device)
-            if not given:
-                train(network, data, teacher, args, folder)
-            config["results"]["test"] = accuracy(network, data, teacher)       # teacher.pt then says that it is over
-            save(folder / "config.json", config)
-            save(folder / "teacher.pt", dict(**teacher, state_dict=network.state_dict()))
-            (folder / "checkpoint.pt").unlink(missing_ok=True)
-        network = fold(restore(load_state(folder / "teacher.pt")).to(device))
-        found = gather_statistics(network, data, teacher, args.batch)
+        network.to(device)
+        if not given:
+            train(network, data, teacher, args, folder)
+        score = accuracy(network, data, teacher)
+        save(folder / "teacher.pt", dict(**teacher, state_dict=network.state_dict()))
+        found = gather_statistics(fold(network), data, teacher, args.batch)
         if not all(layer["ffc"].isfinite().all() for layer in found["layers"].values()):
             raise BadInput(f"{folder}: the teacher's features are not finite: remove it, lower --lr or mend --teacher")
         save(folder / "statistics.pt", found)              # config.json says whose it is
-        finish_run(folder, config, ["teacher.pt", "statistics.pt"])
+        finish_run(folder, config, ["teacher.pt", "statistics.pt"], test=score)
+    (folder / "checkpoint.pt").unlink(missing_ok=True)     # kept until now: whoever is killed here need not train again
     print(f"teacher: {config['results']['test']:.2f} % {'held-out' if args.validate else 'test'} accuracy, in "
           f"{folder}\nnext: python recover.py --teacher {folder}")
 
