@@ -1,12 +1,10 @@
-"""Stage 1, squeeze: train the teacher, then take the real set's statistics (FFC and FLC of every
-layer) in one pass.
+"""Stage 1, squeeze: train the teacher, then take the real set's statistics (FFC, FLC) in one pass.
 
     python squeeze.py                                                  toy, a minute or two on a CPU
     python squeeze.py --dataset cifar10 --network convnet --epochs 16  10 to 60 minutes there
 
 Writes runs/<dataset>-<network>/, with what is not the default in its name (...-epochs16): teacher.pt, statistics.pt,
-config.json, log.jsonl. Later stages run the network in the teacher's precision. The stage is at the end. Before it
-stands what all stages share: presets, errors and flags, data sets and views, networks, run folders."""
+config.json (settings, versions, hashes), log.jsonl (a line an epoch). Before the stage stands what all stages share."""
 import argparse
 import contextlib
 import ctypes
@@ -31,20 +29,14 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torchvision import transforms as T
-from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision import datasets, transforms as T
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, make_dataset
-from torchvision.datasets.utils import download_and_extract_archive
 
 import spectral
 
-with contextlib.suppress(ImportError):                     # Windows
-    import fcntl
-
 # One row a data set: what it is, then each stage's settings (paper, Tables 9-12, and the authors' code for views,
 # labels and students; toy is ours). `ours`: what did better where it was measured (README); `early`: epochs of its
-# teacher for one image a class; batch: (limit, small, large): up to `limit` images, students take `small` a step, else
-# `large`. Every stage normalises with the teacher's mean and std. A new data set: a row here, a function in LOADERS.
+# teacher for one image a class; batch: (limit, small, large): students take `small` up to `limit` images, else `large`.
 RECOVER = dict(alpha_max=0.1, iterations=1000, lr=0.1, batch=200, gamma=0.1, init="real", emu="paper")
 SMALL = dict(epochs=100, lr=0.1, wd=5e-4, batch=128, schedule="cosine", augment="crop")
 LARGE = dict(epochs=90, lr=0.1, wd=1e-4, batch=256, schedule="cosine", augment="resized")
@@ -99,7 +91,7 @@ def script(main):
     try:
         return main(sys.argv[1:])
     except (BadInput, OSError) as error:
-        reason = str(error)
+        reason = str(error) if isinstance(error, BadInput) else f"{error}: mend that, then go on with --resume"
     except (MemoryError, torch.OutOfMemoryError):
         reason = "out of memory: lower --batch, then --resume"
     except KeyboardInterrupt:
@@ -133,7 +125,7 @@ class Data(NamedTuple):
     size: int               # S, pixels
     train: Split
     test: Split
-    sha256: str             # of the training images and labels
+    sha256: str             # of the training labels and images; of files, names and lengths: reading takes an hour
 
 def toy(per_class, classes, seed, size=32):
     """Toy images uint8 [n, 3, S, S] and labels int64 [n], class by class. Class k is a pair: colour layout k // 2 (low
@@ -161,20 +153,19 @@ def download(url, md5, root):
         raise BadInput(f"--data {root}: no such folder: name the data set's, or an empty one to load it to")
     print(f"--data {root}: incomplete, so downloading {url}")
     try:
-        download_and_extract_archive(url, root, md5=md5)
+        datasets.utils.download_and_extract_archive(url, root, md5=md5)
     except Exception as error:                             # urllib's and tarfile's have no common ancestor
         raise BadInput(f"--data {root}: {url} cannot be downloaded, {type(error).__name__}: unpack it there") from error
 
 class Plain(pickle.Unpickler):
     """Reads the pickles of CIFAR, anybody's copy. Whatever it calls by one of these names is ours, all else is refused:
     no code of it runs, and it gets no memory that its own bytes do not fill."""
-    names = {"_reconstruct": lambda *claims: np.empty(0, np.uint8), "ndarray": None,
-             "dtype": lambda code, *rest: np.dtype({code: code for code in ("u1", "i4", "i8")}[code]),
-             "scalar": lambda dtype, raw: np.frombuffer(raw, dtype)[0], "encode": lambda text, _: text.encode("latin1"),
-             "_frombuffer": lambda raw, dtype, shape, order: np.frombuffer(raw, dtype).reshape(shape, order=order)}
 
     def find_class(self, module, name):
-        return self.names[name]
+        return {"_reconstruct": lambda *claims: np.empty(0, np.uint8), "ndarray": None,
+                "dtype": lambda code, *rest: np.dtype({code: code for code in ("u1", "i4", "i8")}[code]),
+                "scalar": lambda dtype, raw: np.frombuffer(raw, dtype)[0], "encode": lambda s, _: s.encode("latin1"),
+                "_frombuffer": lambda raw, dtype, shape, how: np.frombuffer(raw, dtype).reshape(shape, order=how)}[name]
 
 def load_cifar(kind, root, _):
     """(train, test, classes), every file checked. kind: torchvision's class, which knows names and checksums."""
@@ -203,8 +194,8 @@ def image_files(root, names, classes=None):
     """The images root/<name>/**.{jpg, png, ...} of the class names; labels are positions in classes (or in names)."""
     try:
         found = make_dataset(str(root), {name: (classes or names).index(name) for name in names}, IMG_EXTENSIONS)
-    except FileNotFoundError as error:                     # it names the classes
-        raise BadInput(f"{root}: {str(error)[:200]}: every class needs some") from error
+    except FileNotFoundError as error:                     # it names the classes without one
+        raise BadInput(f"{root}: {str(error)[:200]}: expected <class>/<image>, some of every class") from error
     return Split([path for path, _ in found], torch.tensor([label for _, label in found]))
 
 def folder_names(classes):
@@ -218,9 +209,8 @@ def folder_names(classes):
 def load_folder(root, _):
     """Any train/ + val/ of class folders: ImageNet as torchvision has it, or the user's own images."""
     train, val = (class_folders(Path(root) / part) for part in ("train", "val"))
-    if not val or (strange := sorted(set(val) - set(train))):
-        found = f"class {strange[0]!r} of val/ is not in train/" if val else "no class folders in val/"
-        raise BadInput(f"--data {root}: expected train/<class>/<image> and val/<class>/<image>, {found}: complete it")
+    if (odd := sorted(set(val) - set(train))[:3]) or not val:
+        raise BadInput(f"--data {root}: expected train/<class>/<image>, the like in val/, found {odd or 'none'} there")
     return image_files(Path(root) / "train", train), image_files(Path(root) / "val", val, train), train
 
 def load_tiny(root, _):
@@ -237,30 +227,24 @@ def load_tiny(root, _):
                  torch.tensor([names.index(wnid) for _, wnid in rows]))
     return image_files(folder / "train", names), test, names
 
-# Of the folder --data and the number of toy's classes: (train, test, class names)
-LOADERS = {"toy": load_toy, "cifar10": functools.partial(load_cifar, CIFAR10), "tiny": load_tiny,
-           "cifar100": functools.partial(load_cifar, CIFAR100), "imagenet": load_folder, "folder": load_folder}
+# f(--data, number of toy's classes) -> (train, test, class names). A new data set: a function here, a row in PRESETS.
+LOADERS = {"toy": load_toy, "cifar10": functools.partial(load_cifar, datasets.CIFAR10), "tiny": load_tiny,
+           "cifar100": functools.partial(load_cifar, datasets.CIFAR100), "imagenet": load_folder, "folder": load_folder}
 
 def select(split, index):
     """The images of a split at positions index [n]."""
     images = split.images[index] if torch.is_tensor(split.images) else [split.images[i] for i in index]
     return Split(images, split.labels[index])
 
-def hold_out(train):
-    """(rest, held): the last 10 % of every class's training images, to choose settings on instead of the test set."""
-    by_class = [(train.labels == c).nonzero()[:, 0] for c in train.labels.unique()]
-    held = torch.cat([own[len(own) * 9 // 10:] for own in by_class]).sort().values
-    rest = torch.cat([own[:len(own) * 9 // 10] for own in by_class]).sort().values
-    return select(train, rest), select(train, held)
-
 def load_data(name, root, size=None, classes=None, validate=None):
-    """Load a data set by name. root: the folder it lies in (--data); validate: see hold_out. Or BadInput."""
+    """A data set by name, or BadInput. root: --data. validate: test on the last tenth of each class of train."""
     train, test, names = LOADERS[name](root, classes or 10)
-    train, test = hold_out(train) if validate else (train, test)
-    if torch.is_tensor(train.images):
-        content = train.images.numpy().tobytes()
-    else:                                                  # names and lengths: reading a million files takes an hour
-        content = "".join(f"{os.path.relpath(path, root)} {os.path.getsize(path)}\n" for path in train.images).encode()
+    if validate:
+        by_class = [(train.labels == c).nonzero()[:, 0] for c in train.labels.unique()]
+        parts = zip(*(own.tensor_split([len(own) * 9 // 10]) for own in by_class))
+        train, test = (select(train, torch.cat(part).sort().values) for part in parts)
+    content = train.images.numpy().tobytes() if torch.is_tensor(train.images) else "".join(
+        f"{os.path.relpath(path, root)} {os.path.getsize(path)}\n" for path in train.images).encode()
     digest = hashlib.sha256(train.labels.numpy().tobytes() + content).hexdigest()
     return Data(names, size or PRESETS[name]["size"], train, test, digest)
 
@@ -279,7 +263,7 @@ def read(split, transform, seed, index):
 def stream(split, transform, batch, seed=0):
     """Batches of a split of files, in order: uint8 [B, 3, S, S], int64 [B]."""
     n, collate = len(split.labels), functools.partial(read, split, transform, seed)
-    workers = min(8, os.cpu_count()) if n > 1000 else 0
+    workers = min(8, os.cpu_count(), n // 1000)
     return torch.utils.data.DataLoader(range(n), batch, collate_fn=collate, num_workers=workers)
 
 def normalise(images, mean, std):
@@ -304,15 +288,13 @@ def take(data, split, index):
     return torch.cat([images for images, _ in batches(data, select(split, index), 500)])
 
 def in_memory(data, split, device):
-    """The split as one uint8 tensor on the device, if it is small pictures (Tiny-ImageNet: 1.2 GB); larger ones stay
-    files, so that training can crop the originals."""
+    """The split as one uint8 tensor on the device, if it is small pictures; larger ones stay files, to be cropped."""
     small = torch.is_tensor(split.images) or data.size <= 64
     return split._replace(images=take(data, split, torch.arange(len(split.labels))).to(device)) if small else split
 
 def crop_boxes(uniform, scale, ratio=(3 / 4, 4 / 3)):
     """Random resized crops from uniform numbers [n, 4]: centre x and y, width, height [n, 4], in fractions of a side.
-    Area uniform in `scale`, log aspect ratio uniform in log `ratio`, as torchvision's RandomResizedCrop; a side that
-    does not fit is cut to the image where torchvision would draw again."""
+    Area uniform in `scale`, log aspect ratio in log `ratio`, as torchvision; but a side that does not fit is cut."""
     area, shape, x, y = uniform.astype(np.float64).T
     area, shape = scale[0] + (scale[1] - scale[0]) * area, ratio[0] * (ratio[1] / ratio[0]) ** shape
     w, h = np.minimum(np.sqrt(area * shape), 1), np.minimum(np.sqrt(area / shape), 1)
@@ -321,8 +303,7 @@ def crop_boxes(uniform, scale, ratio=(3 / 4, 4 / 3)):
 def crop_grid(boxes, flips, size):
     """The sampling grid [B, S, S, 2] of crops `boxes` [B, 4] resized to S pixels, mirrored where `flips` [B] says."""
     x, y, w, h = boxes.unbind(1)
-    zero = torch.zeros_like(x)
-    theta = torch.stack([torch.where(flips, -w, w), zero, 2 * x - 1, zero, h, 2 * y - 1], 1).view(-1, 2, 3)
+    theta = torch.stack([torch.where(flips, -w, w), 0 * x, 2 * x - 1, 0 * x, h, 2 * y - 1], 1).view(-1, 2, 3)
     return F.affine_grid(theta, (len(boxes), 3, size, size), align_corners=False)
 
 def resample(images, grid):
@@ -378,8 +359,8 @@ def build_network(name, classes, size, precision="float32"):
 
 def native_precision(device):
     """bfloat16 on CUDA and on CPUs that say they multiply in it; elsewhere it is emulated, slowly, so float32."""
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bfloat16" if device.type == "cuda" or cpu.get("avx512_bf16", False) else "float32"
+    native = device.type == "cuda" or getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    return "bfloat16" if native else "float32"
 
 def forward(network, x):
     """network(x) in the network's precision, float32 or better out. Statistics leave it, losses come after."""
@@ -389,15 +370,13 @@ def forward(network, x):
 @torch.no_grad()
 def accuracy(network, data, teacher, batch=500):
     """Top-1 accuracy in % on the test split, under the evaluation transform. teacher: whose mean and deviation."""
-    network.eval()
-    device, right = next(network.parameters()).device, 0
+    device, right = next(network.eval().parameters()).device, 0
     for images, labels in batches(data, data.test, batch):
         guess = forward(network, normalise(images.to(device), teacher["mean"], teacher["std"])).argmax(1)
         right += (guess == labels.to(device)).sum()
     return 100 * right.item() / len(data.test.labels)
 
-# ---- Run folders: config.json (settings, versions, hashes), log.jsonl (a line an epoch or batch) and artefacts. These
-# are written under a temporary name, flushed and renamed: if one exists, it is whole, even after a power cut.
+# ---- Run folders. A file that is there is whole, even after a power cut: written aside, flushed, renamed -------------
 def sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -414,15 +393,13 @@ def writing(path, mode):
         why = getattr(error.__context__ or error, "strerror", error)
         raise BadInput(f"{path}: cannot be written ({why}): mend that, then go on with --resume") from error
 
-def json_hash(content):
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
 def save(path, content):
     """torch.save for a .pt, JSON with its own hash for a .json; atomic."""
     temporary = path.with_name(path.name + ".tmp")
     with writing(temporary, "wb") as file:
         if path.suffix == ".json":
-            file.write(json.dumps({**content, "sha256": json_hash(content)}, indent=1).encode() + b"\n")
+            content = {**content, "sha256": hashlib.sha256(json.dumps(content).encode()).hexdigest()}
+            file.write(json.dumps(content, indent=1).encode() + b"\n")
         else:
             torch.save(content, file)
     os.replace(temporary, path)
@@ -432,25 +409,19 @@ def save(path, content):
 
 def read_json(path):
     """The content of a JSON file of a run folder, {} if there is none, checked against the hash it carries."""
-    try:
+    with contextlib.suppress(ValueError, AttributeError, OSError, RecursionError):
         content = json.loads(path.read_text()) if path.exists() else {}
-        if content.pop("sha256", None) not in (None, json_hash(content)):
-            raise ValueError
-        return content
-    except (ValueError, AttributeError, OSError, RecursionError):
-        whole = path.parent if path.stem == "config" else "it"
-        raise BadInput(f"{path}: damaged: remove {whole} and make it again") from None
+        if content.pop("sha256", None) in (None, hashlib.sha256(json.dumps(content).encode()).hexdigest()):
+            return content
+    raise BadInput(f"{path}: damaged: remove {path.parent if path.stem == 'config' else 'it'} and make it again")
 
 def load_state(path):
     """The tensors and plain containers of a .pt, on the CPU. BadInput if it holds anything else, a byte is not as
     written (torch does not check the CRCs), or it would unpack to more than its own size."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if sum(part.file_size for part in archive.infolist()) > path.stat().st_size or archive.testzip():
-                raise ValueError
-        return torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:                             # whatever unpickling a broken file raises
-        raise BadInput(f"{path}: damaged, or holds more than tensors: remove it and make it again") from error
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:     # a broken pickle raises anything
+        if sum(part.file_size for part in archive.infolist()) <= path.stat().st_size and not archive.testzip():
+            return torch.load(path, weights_only=True, map_location="cpu")
+    raise BadInput(f"{path}: damaged, or holds more than tensors: remove it and make it again")
 
 def log(folder, **entry):
     with writing(folder / "log.jsonl", "a") as file:
@@ -479,7 +450,8 @@ LOCKS = {}                                                 # inode: the handle, 
 
 def lock(folder):
     """Refuse a folder that another process writes to. Windows and some network disks have no such locks: nothing."""
-    with contextlib.suppress(OSError, NameError):
+    with contextlib.suppress(OSError, ImportError):
+        import fcntl
         inode = os.stat(folder)[1:3]                       # and its device
         LOCKS[inode] = LOCKS.get(inode) or os.open(folder, os.O_RDONLY)
         try:
@@ -490,30 +462,23 @@ def lock(folder):
 def open_run(folder, stage, settings, inputs, resume):
     """Start a run folder, or go on with one under --resume: returns its config. settings: every resolved flag; inputs:
     {what: sha256}. Refused: a non-empty folder without --resume, other settings or inputs, a second process."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock(folder)
-    except OSError as error:
-        raise BadInput(f"{folder}: this folder cannot be made ({error.strerror}): mend what is in its way") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    lock(folder)
     if all(entry.suffix == ".tmp" for entry in folder.iterdir()):          # new, or killed at this very point
         versions = {"python": sys.version.split()[0], **{m.__name__: m.__version__ for m in (torch, torchvision, np)}}
         config = dict(stage=stage, settings=settings, inputs=inputs, artefacts={}, results={}, versions=versions)
         save(folder / "config.json", config)
-        return config
-    if not resume:
+    elif not resume:
         raise BadInput(f"{folder}: in use: add --resume to continue what is there, or remove the folder")
     config = read_config(folder, stage, True)
     now, then = {**settings, **inputs}, {**config["settings"], **config["inputs"]}         # hashes stand for paths
-    for key in now:
-        if now[key] != then.get(key):
-            raise BadInput(f"--resume {folder}: {key} is {now[key]!r} now and was {then.get(key)!r}: give the same "
-                           f"to {stage}.py, or remove the folder")
+    if other := [f"{key} is {now[key]!r} now and was {then.get(key)!r}" for key in now if now[key] != then.get(key)]:
+        raise BadInput(f"--resume {folder}: {other[0]}: give the same to {stage}.py, or remove the folder")
     return config
 
 def finish_run(folder, config, artefacts, **results):
     """Record the hashes of the artefacts and the results: from now on the run counts as finished."""
-    config["artefacts"].update({name: sha256(folder / name) for name in artefacts})
-    config["results"].update(results)
+    config.update(artefacts={name: sha256(folder / name) for name in artefacts}, results=results)
     save(folder / "config.json", config)
 
 def fill(args, preset):
@@ -585,10 +550,9 @@ def fold(network):
     modules = list(network.eval().named_modules())
     for (first, conv), (second, norm) in zip(modules, modules[1:]):
         if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-            fused = nn.utils.fusion.fuse_conv_bn_eval(conv, norm)
-            network.set_submodule(first, fused.to(memory_format=torch.channels_last))
+            network.set_submodule(first, nn.utils.fusion.fuse_conv_bn_eval(conv, norm))
             network.set_submodule(second, nn.Identity())
-    return network.requires_grad_(False)
+    return network.requires_grad_(False).to(memory_format=torch.channels_last)
 
 def load_teacher(folder, device):
     """A finished squeeze run: (folded network, teacher.pt's dict, config)."""
@@ -608,16 +572,14 @@ def check_data(data, teacher, config):
         raise BadInput(f"--data: not the images and classes ({data.classes[:3]}...) of the teacher: squeeze again")
 
 def given_weights(network, args, teacher):
-    """Load --teacher FILE, or torchvision's ImageNet weights with --pretrained, instead of training. The file's mean
-    and std, where it names them, replace the data set's in `teacher`."""
+    """Load --teacher FILE or torchvision's weights; mean and std, if the file has them, replace those in `teacher`."""
     flag, remedy = (f"--teacher {args.teacher}", "not a readable state dict") if args.teacher else (
         "--pretrained", f"cannot be fetched: put the file into {torch.hub.get_dir()}/checkpoints")
     try:
         state = (torch.load(args.teacher, weights_only=True, map_location="cpu") if args.teacher else
                  torchvision.models.get_model_weights(args.network).IMAGENET1K_V1.get_state_dict(check_hash=True))
-        about = {key: list(state.get(key, teacher[key])) for key in ("classes", "mean", "std")}
-        remedy = (f"{str(about)[:200]} found: mean and std must be three numbers of (0, 1] each, classes and order the "
-                  f"data set's, {str(teacher['classes'])[:60]}")
+        about = {key: list(state.get(key, teacher[key])) for key in ("mean", "std", "classes")}
+        remedy = f"mean and std must be three numbers of (0, 1], classes the data set's, found {str(about)[:200]}"
         normalise(torch.zeros(1, 3, 1, 1), about["mean"], about["std"])        # raises unless they are three numbers
         if about["classes"] != teacher["classes"] or not all(0 < value <= 1 for value in about["mean"] + about["std"]):
             raise ValueError
@@ -666,15 +628,13 @@ def parse(argv):
 def teacher_folder(args):
     """runs/<dataset>-<network>, then every setting that is not the data set's default; of one's own folder its name."""
     own = [Path(args.data).resolve().name] if args.dataset == "folder" else []
-    defaults, hidden = vars(parse(["--dataset", args.dataset])), ("dataset", "data", "network", "keep", "resume")
-    extra = changed(vars(args), defaults, hidden)
+    extra = changed(vars(args), vars(parse(["--dataset", args.dataset])), ("data", "network", "keep", "resume"))
     return Path("runs") / "-".join([args.dataset, *own, args.network, *extra])
 
 def ensure(folder, stage, flags, main, resume):
     """Run a stage that a later one needs, main(flags), if it was not, or on if it was not to the end."""
     if not (folder / "config.json").is_file() or not read_config(folder, stage, resume)["artefacts"]:
-        print(f"{folder}: not {'finished' if resume else 'there'} yet, so first: python {stage}.py {' '.join(flags)}",
-              flush=True)
+        print(f"{folder}: not there yet, or unfinished, so first: python {stage}.py {' '.join(flags)}", flush=True)
         main([*flags, *["--resume"] * resume])
 
 def main(argv):
@@ -688,9 +648,8 @@ def main(argv):
     network = build_network(args.network, len(data.classes), args.size, args.precision)
     if given := args.teacher or args.pretrained:           # refused before a folder is made
         given_weights(network, args, teacher)
-    args.data = str(Path(args.data).resolve())
     inputs = {"data": data.sha256, **({"teacher": sha256(args.teacher)} if args.teacher else {})}
-    config = open_run(folder, "squeeze", settings(args), inputs, args.resume)
+    config = open_run(folder, "squeeze", {**settings(args), "data": os.path.realpath(args.data)}, inputs, args.resume)
     if not config["artefacts"]:
         data = data._replace(train=in_memory(data, data.train, device), test=in_memory(data, data.test, device))
         network.to(device)
@@ -703,7 +662,7 @@ def main(argv):
             raise BadInput(f"{folder}: the teacher's features are not finite: remove it, lower --lr or mend --teacher")
         save(folder / "statistics.pt", found)              # config.json says whose it is
         finish_run(folder, config, ["teacher.pt", "statistics.pt"], test=score)
-    (folder / "checkpoint.pt").unlink(missing_ok=True)     # kept until now: whoever is killed here need not train again
+    (folder / "checkpoint.pt").unlink(missing_ok=True)     # not before: a kill in the statistics costs no training
     print(f"teacher: {config['results']['test']:.2f} % {'held-out' if args.validate else 'test'} accuracy, in "
           f"{folder}\nnext: python recover.py --teacher {folder}")
 
