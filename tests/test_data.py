@@ -77,7 +77,7 @@ def test_folder_runs_end_to_end_and_the_size_is_remembered(folder, capsys):
     run = f"{teacher}/cfm-ipc2-iterations2"
     assert torch.load(f"{run}/images.pt", weights_only=True)["images"].shape == (4, 3, 32, 32)
     evaluation.main([run, "--seeds", "1", "--epochs", "2"])
-    assert "plan: 2 rounds of 2 images, 2 batches of 2 steps" in capsys.readouterr().out
+    assert "plan: 2 rounds of 2 images, 2 batches of 2 iterations" in capsys.readouterr().out
     one_line(squeeze.main, ["--size", "32"], "--size", "folder")
     one_line(squeeze.main, ["--pretrained"], "--pretrained", "imagenet")
 
