@@ -44,14 +44,14 @@ def targets(job, args, epoch, views):
     logits = np.load(job.stored / "soft_labels.npy", mmap_mode="r")[epoch]
     return torch.from_numpy(logits.astype(np.float32)).to(job.images.device)
 
-def train_epoch(job, args, seed, epoch, student, average, optimizer):
+def train_epoch(job, args, epoch, student, average, optimizer):
     """One epoch of a student on its views and labels. Returns the last step's loss. The rate is a cosine to zero, or
     `stretched` to end at half the rate (the authors' code). The average's decay after n steps is min(ema, (1 + n) /
     (10 + n)): with a constant one, 9 % of the random start would be left after 240 steps."""
     content, N, device, stored = job.content, len(job.images), job.images.device, epoch % job.labels["keep_epochs"]
     views = relabel.draw_views(job.labels["seed"], stored, N, job.images.shape[-1], job.labels["scale"], device)
     wanted, steps = targets(job, args, stored, views), math.ceil(N / args.batch)
-    order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(N)).to(device)
+    order = torch.from_numpy(np.random.default_rng([job.seed, epoch]).permutation(N)).to(device)
     student.train()
     for step, index in enumerate(order.split(args.batch), epoch * steps):
         angle = math.pi * step / (args.epochs * steps) / (2 if args.schedule == "stretched" else 1)
@@ -65,11 +65,11 @@ def train_epoch(job, args, seed, epoch, student, average, optimizer):
         average.update_parameters(student)
     return loss
 
-def train_student(job, args, seed, checkpoint):
+def train_student(job, args, checkpoint):
     """One student, from scratch or from its checkpoint (of at most a minute ago): (student, averaged student, seconds).
-    job: content (of images.pt), images (uint8, on the device), labels (settings of relabel.py), what targets asks for,
-    and identity, what a checkpoint must have been made with to be continued."""
-    torch.manual_seed(seed)
+    job: seed, content (of images.pt), images (uint8, on the device), labels (settings of relabel.py), what targets asks
+    for, and identity, what a checkpoint must have been made with to be continued."""
+    torch.manual_seed(job.seed)
     student = squeeze.build_network(args.network, len(job.content["classes"]), job.images.shape[-1],
                                     job.content["precision"]).to(job.images.device)
     parts = dict(student=student, average=AveragedModel(student, use_buffers=True),
@@ -81,13 +81,13 @@ def train_student(job, args, seed, checkpoint):
         parts[name].load_state_dict(state[name])
     start = saved = time.time()
     for epoch in range(state["epoch"], args.epochs):
-        loss = train_epoch(job, args, seed, epoch, **parts)
+        loss = train_epoch(job, args, epoch, **parts)
         if time.time() - saved > 60:
             saved, rate = time.time(), (time.time() - start) / (epoch + 1 - state["epoch"]) / 60
             squeeze.save(checkpoint, dict(
                 identity=job.identity, epoch=epoch + 1, seconds=state["seconds"] + saved - start,
                 **{name: part.state_dict() for name, part in parts.items()}))
-            print(f"{checkpoint.parent.name}: {args.network} seed {seed} epoch {epoch + 1}/{args.epochs}  "
+            print(f"{checkpoint.parent.name}: {args.network} seed {job.seed} epoch {epoch + 1}/{args.epochs}  "
                   f"loss {loss.item():.4f}  {(args.epochs - epoch - 1) * rate:.1f} min left", flush=True)
     if not all(weight.isfinite().all() for weight in student.parameters()):
         raise BadInput(f"--lr {args.lr}: the student's weights are not finite: use a lower one")
@@ -144,12 +144,12 @@ def evaluate(job, network, args):
     if row != {**row, **job.identity}:
         raise BadInput(f"{path}: {name} there is of other labels, images or settings: remove it to evaluate anew")
     squeeze.show(Namespace(run=job.run, **chosen, seeds=args.seeds))
-    for seed in [n for n in range(args.seeds) if str(n) not in row["seeds"]]:
-        checkpoint = path.with_name(f"student-{name}-{seed}.pt")
-        student, average, seconds = train_student(job, args, seed, checkpoint)
+    for job.seed in [seed for seed in range(args.seeds) if str(seed) not in row["seeds"]]:
+        checkpoint = path.with_name(f"student-{name}-{job.seed}.pt")
+        student, average, seconds = train_student(job, args, checkpoint)
         averaged, raw = (squeeze.accuracy(net, job.data, job.content) for net in (average, student))
-        row["seeds"][str(seed)] = {"averaged": averaged, "raw": raw, "seconds": seconds}
-        print(f"{job.run}: {name} seed {seed}: {averaged:.2f} % averaged, {raw:.2f} % raw, {seconds:.0f} s", flush=True)
+        row["seeds"][str(job.seed)] = {"averaged": averaged, "raw": raw, "seconds": seconds}
+        print(f"{job.run} {name} seed {job.seed}: {averaged:.2f} averaged, {raw:.2f} raw, {seconds:.0f} s", flush=True)
         for kind in ("averaged", "raw"):                   # deviation of the sample; 0 for one seed
             scores = [seed[kind] for seed in row["seeds"].values()]
             row[kind], row[kind + "_std"] = np.mean(scores), np.std(scores, ddof=min(1, len(scores) - 1))
