@@ -32,7 +32,7 @@ def mtt(args):
     eta: --eta, or 1 / lambda_max of each real layer, which leaves the synthetic spectrum a factor of 2 to overshoot."""
     def pairs(psi):
         eta = args.eta or 1 / torch.linalg.eigvalsh(psi)[..., -1:]
-        return list(zip("Ix", gradient_descent(eta, args.p), gradient_descent(eta, args.q)))
+        return list(zip(("I", "x"), gradient_descent(eta, args.p), gradient_descent(eta, args.q)))
     return pairs
 
 # Beside the pairs: which FLC, and whether FFC is centred: not where theory has a linear head without bias (H^T H / n)
@@ -72,9 +72,9 @@ def adjusted(network, x, classes, rho=0.015, steps=12):
 
 @torch.no_grad()
 def realistic_crops(job, args, candidates=300, crops=5):
-    """RDED (Sun et al., 2024): of 300 random images a class, the best of five square crops each; of these the best make
-    the images, four to one beyond 64 px. Best: the teacher's cross-entropy of the crop, its border filled, is least.
-    Returns uint8 [K, ipc, 3, S, S]."""
+    """RDED (Sun et al., 2024): of 300 random images a class (or as many as are wanted), the best of five square crops
+    each; of these the best make the images, four to one beyond 64 px: uint8 [K, ipc, 3, S, S]. Best: the teacher's
+    cross-entropy of the crop, its border filled, is least."""
     S, rng, made, teacher = job.data.size, np.random.default_rng(args.seed), [], job.teacher
     grid, device = 2 if S > 64 else 1, next(job.network.parameters()).device
     d, wanted, upright = -(-S // grid), args.ipc * grid**2, torch.tensor(False, device=device)
@@ -105,7 +105,7 @@ def prepare(job, args):
                            f"use at most {2 / largest:.3g}, or leave it out to have it chosen")
     job.pairs_of = lambda k, args: METHODS[args.method][0](args)
     crops = functools.cache(lambda: realistic_crops(job, args))            # not before they are wanted
-    changes = {"cda": dict(smallest=curriculum), "dwa": dict(meets=adjusted),
+    changes = {"cda": dict(smallest=curriculum), "dwa": dict(network_for=adjusted),
                "rded": dict(start=lambda job, k, classes, rng: crops()[classes, k])}
     vars(job).update(changes.get(args.method, {}))
 

@@ -48,9 +48,9 @@ def train_epoch(job, args, epoch, student, average, optimizer):
     """One epoch of a student on its views and labels. Returns the last step's loss. The rate is a cosine to zero, or
     `stretched` to end at half the rate (the authors' code). The average's decay after n steps is min(ema, (1 + n) /
     (10 + n)): with a constant one, 9 % of the random start would be left after 240 steps."""
-    content, N, device, stored = job.content, len(job.images), job.images.device, epoch % job.labels["keep_epochs"]
-    views = relabel.draw_views(job.labels["seed"], stored, N, job.images.shape[-1], job.labels["scale"], device)
-    wanted, steps = targets(job, args, stored, views), math.ceil(N / args.batch)
+    content, N, device, drawn = job.content, len(job.images), job.images.device, epoch % job.views["keep_epochs"]
+    views = relabel.draw_views(job.views["seed"], drawn, N, job.images.shape[-1], job.views["scale"], device)
+    wanted, steps = targets(job, args, drawn, views), math.ceil(N / args.batch)
     order = torch.from_numpy(np.random.default_rng([job.seed, epoch]).permutation(N)).to(device)
     student.train()
     for step, index in enumerate(order.split(args.batch), epoch * steps):
@@ -67,7 +67,7 @@ def train_epoch(job, args, epoch, student, average, optimizer):
 
 def train_student(job, args, checkpoint):
     """One student, from scratch or from its checkpoint (of at most a minute ago): (student, averaged student, seconds).
-    job: seed, content (of images.pt), images (uint8, on the device), labels (settings of relabel.py), what targets asks
+    job: seed, content (of images.pt), images (uint8, on the device), views (settings of relabel.py), what targets asks
     for, and identity, what a checkpoint must have been made with to be continued."""
     torch.manual_seed(job.seed)
     student = squeeze.build_network(args.network, len(job.content["classes"]), job.images.shape[-1],
@@ -132,13 +132,13 @@ def evaluate(job, network, args):
     preset, N, path = squeeze.PRESETS[job.made["dataset"]], len(job.images), Path(job.run) / "result.json"
     few, small, large = preset["batch"]                    # few images in small batches, as in the authors' code
     usual = {"epochs": preset["relabel"]["epochs"], "batch": min(N, small if N <= few else large)}
-    args = Namespace(**{**vars(args), "network": network, "epochs": args.epochs or job.labels["epochs"],
+    args = Namespace(**{**vars(args), "network": network, "epochs": args.epochs or job.views["epochs"],
                         "batch": min(N, args.batch or usual["batch"]),
                         "teacher": args.teacher and job.labeller.resolve().name})      # its hash is in the labels' one
     chosen = squeeze.settings(args, ("runs", "report", "export", "data", "seeds"))
     name = "-".join([network, *squeeze.changed(chosen, {**vars(parse([job.run])), **usual}, ("network",))])
     job.identity = {"settings": {**chosen, "precision": job.content["precision"]},
-                    "views": job.labels, "labels": job.label_hash, "images": job.inputs["images.pt"]}
+                    "views": job.views, "labels": job.label_hash, "images": job.inputs["images.pt"]}
     result = squeeze.read_json(path)
     row = result.setdefault(name, {**job.identity, "seeds": {}})
     if row != {**row, **job.identity}:
@@ -285,7 +285,7 @@ def parse(argv):
     add("--data", metavar="DIR", help="where the test set lies (default: where recover.py found it)")
     add = parser.add_argument_group("how").add_argument
     add("--seeds", type=number(int, 1), default=3, help="students a row, seeds 0, 1, ... (default 3)")
-    add("--epochs", type=number(int, 1), help="passes over the images (default: as many as there are labels for)")
+    add("--epochs", type=number(int, 1), help="passes over the images (default: relabel.py's)")
     add("--lr", type=number(float, 0, strict=True), default=1e-3, help="rate of AdamW (default 1e-3)")
     add("--wd", type=number(float, 0), default=1e-2, help="weight decay (default 1e-2)")
     add("--batch", type=number(int, 2), help="images a step (toy 25; CIFAR-10 50 up to IPC 10; else 100 or 200)")
@@ -309,7 +309,7 @@ def main(argv):
         return report(args.runs, device)
     jobs = [load_job(run, args) for run in args.runs]      # all checks of all runs before any work,
     for job in sorted(jobs, key=lambda job: not job.stored.is_dir()):      # also of the labels that are there
-        job.labels, job.label_hash, job.label_bytes = find_labels(job, args)
+        job.views, job.label_hash, job.label_bytes = find_labels(job, args)
     line = "%-44s %-24s %-13s %2s %13s %13s %10s %10s %8s"
     table = ["", line % ("run", "labels of", "student", "n", "averaged", "raw", "images", "labels", "time")]
     while jobs:                                            # the images of one at a time on the device

@@ -59,9 +59,9 @@ def random_views(rng, T, images, smallest):
 
 @torch.no_grad()
 def view_statistics(images, network, layers, rng, job, args):
-    """What EMU remembers of a finished batch: {layer: Statistics} over random views of the images as saved. Views,
-    since the next batches are seen through views: a crop blown up to full size has less high frequency than a whole
-    image, and a memory of whole images would make late batches answer for the difference, b-fold."""
+    """What EMU remembers of a finished batch: {layer: Statistics} over random views of the images as saved. Each
+    forward fills `layers` anew, by the caller's hooks. Views, since the next batches are seen through views: a crop
+    blown up has less high frequency than a whole image, and late batches would make up for the difference."""
     seen, T, images = {}, min(10, args.iterations), squeeze.normalise(images, job.teacher["mean"], job.teacher["std"])
     view = random_views(rng, T, images, job.smallest)
     for t in range(T):
@@ -72,11 +72,11 @@ def view_statistics(images, network, layers, rng, job, args):
 def make_batch(job, args, images, classes, memory, rng):
     """T Adam steps on images [B, 3, S, S] of `classes` [B], uint8 to uint8, against CE + gamma * job.loss(layers,
     memory, job.step) of a random view. Returns the images and EMU's memory {layer: Statistics} with them in it. step:
-    see spectral.merge. job.report(t, cross-entropy, matching loss, mean pixel) is called after every 100 steps."""
+    see spectral.merge. job.report(t, cross-entropy, matching loss, mean pixel) is called each 100 steps, and last."""
     teacher, T = job.teacher, args.iterations
     mean, std = (squeeze.constant(tuple(teacher[v]), images.device) for v in ("mean", "std"))
     x = squeeze.normalise(images, teacher["mean"], teacher["std"])
-    network, view = job.meets(job.network, x, classes), random_views(rng, T, x, job.smallest)
+    network, view = job.network_for(job.network, x, classes), random_views(rng, T, x, job.smallest)
     black, white = -mean / std, (1 - mean) / std
     optimizer = torch.optim.Adam([x.requires_grad_()], args.lr, betas=(0.5, 0.9))
     Y = F.one_hot(classes, len(teacher["classes"])) if args.signal == "class" else None
@@ -107,7 +107,7 @@ def initial_images(job, k, classes, rng):
 # What baselines may change of a job: the pairs of Theorem 1 in round k, the images to start from, the smallest crop at
 # some progress of a batch, as share of the area, and the network that a batch of normalised images x meets.
 CFM = dict(pairs_of=cfm_pairs, start=initial_images, smallest=lambda progress: 0.08,
-           meets=lambda network, x, classes: network)
+           network_for=lambda network, x, classes: network)
 
 def starting_images(data, ipc, confidence=None):
     """index [ipc, K]: row k holds the position of the k-th training image of every class; with confidence [n], of the
@@ -140,7 +140,7 @@ def distil(job, args):
         print(f"resuming after batch {done['b']}")
     memory = {name: spectral.Statistics(*parts).to(device) for name, parts in done["layers"].items()}
     loss, total, start = objective(job, args), args.ipc * len(chunks), time.time() - done["seconds"]
-    def report(t, entropy, matching, pixels):              # b and k are the loop's
+    def report(b, k, t, entropy, matching, pixels):
         steps, seconds = b * args.iterations + t, time.time() - start
         left = (total * args.iterations - steps) * seconds / steps
         print(f"round {k + 1}/{args.ipc} batch {b + 1}/{total} iteration {t}/{args.iterations}  CE {entropy:.3f}  "
@@ -158,7 +158,7 @@ def distil(job, args):
         if args.iterations:
             # Eq. 17, or all feature vectors as one set; for H^T H / n of equal batches both are the same
             job.step = b + 1 if args.emu == "paper" and args.centred else None
-            job.loss, job.report = partial(loss, k), report
+            job.loss, job.report = partial(loss, k), partial(report, b, k)
             images, memory = make_batch(job, args, images, classes.to(device), memory, rng)
         squeeze.save(job.folder / f"batch{b + 1}.pt", images.cpu())        # whoever finds the count finds the images
         layers = {name: tuple(layer) for name, layer in memory.items()}
@@ -166,7 +166,7 @@ def distil(job, args):
     return time.time() - start
 
 def finish(folder, config, teacher, args, seconds):
-    """The batches become images.pt, with all that is needed to use it, and preview.png (rows = classes)."""
+    """The batches become images.pt, with all that is needed to use it, and preview.png (a row a class)."""
     K, S = len(teacher["classes"]), teacher["size"]
     images = torch.empty(args.ipc, K, 3, S, S, dtype=torch.uint8)
     for b, chunk in enumerate(chunk for row in images for chunk in row.split(args.batch)):
@@ -229,7 +229,7 @@ def run_name(method, args, defaults):
 
 def choose_teacher(args):
     """The folder of the squeeze run to use and the flags that make it; what --teacher implies is filled into args. Else
-    CIFAR's has early * sqrt(ipc) epochs: for 10, 100, 500 and 1000 images 4, 13, 28 and 40 (4, 8 to 16 measured)."""
+    CIFAR's has early * sqrt(ipc) epochs: at IPC 1, 10, 50 and 100 CIFAR-10's 4, 13, 28 and 40 (measured: 4 to 16)."""
     if args.teacher:
         made = squeeze.read_config(args.teacher, "squeeze", True)["settings"]
         for flag in ("dataset", "network"):

@@ -7,7 +7,7 @@ epoch of the students (FKD, as SRe2L has it).
 
 A view (crop box, flip, CutMix partner and patch) is a pure function of (seed, epoch, image): eval.py rebuilds exactly
 the pixels that the teacher saw, and only the labels have to be stored. Writes RUN/labels/, or RUN/labels-<teacher>/:
-soft_labels.npy (float16 logits [E, N, K]; ImageNet at IPC 50: 28 GB, or fewer epochs by --keep-epochs)."""
+soft_labels.npy (float16 logits [E, N, K]; ImageNet at IPC 50: 30 GB, or fewer epochs by --keep-epochs)."""
 import contextlib
 import hashlib
 import math
@@ -183,7 +183,7 @@ def main(argv):
     def label(epoch):
         views = draw_views(args.seed, epoch, len(images), images.shape[-1], args.scale, device)
         return soft_labels(network, teacher, images, views, args.batch)
-    settings = squeeze.settings(args, ("run", "images", "teacher"))
+    settings = squeeze.settings(args, ("run", "images", "teacher", "batch"))     # batch changes no label
     config = squeeze.open_run(folder, "relabel", settings, inputs, args.resume)
     if not config["artefacts"]:
         print(f"{path}: logits {list(shape)}, {size / 1e6:.2f} MB; images are {images.numel() / 1e6:.2f} MB")

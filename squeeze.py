@@ -1,7 +1,7 @@
 """Stage 1, squeeze: train the teacher, then take the real set's statistics (FFC, FLC) in one pass.
 
     python squeeze.py                                                  toy, a minute or two on a CPU
-    python squeeze.py --dataset cifar10 --network convnet --epochs 16  10 to 60 minutes there
+    python squeeze.py --dataset cifar10 --network convnet --epochs 16  9 to 40 minutes there
 
 Writes runs/<dataset>-<network>/, with what is not the default in its name (...-epochs16): teacher.pt, statistics.pt,
 config.json (settings, versions, hashes), log.jsonl (a line an epoch). Before the stage stands what all stages share."""
@@ -35,7 +35,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, make_dat
 import spectral
 
 # One row a data set: what it is, then each stage's settings (paper, Tables 9-12, and the authors' code for views,
-# labels and students; toy is ours). `ours`: what did better where it was measured (README); `early`: epochs of its
+# labels and students; toy is ours). `ours`: our defaults, measured on CIFAR only (README); `early`: epochs of its
 # teacher for one image a class; batch: (limit, small, large): students take `small` up to `limit` images, else `large`.
 RECOVER = dict(alpha_max=0.1, iterations=1000, lr=0.1, batch=200, gamma=0.1, init="real", emu="paper")
 SMALL = dict(epochs=100, lr=0.1, wd=5e-4, batch=128, schedule="cosine", augment="crop")
@@ -601,7 +601,7 @@ def parse(argv):
     add("--network", choices=TEACHERS, help="the teacher (default: convnet for toy, else resnet18)")
     add("--epochs", type=number(int, 1), help="toy 4, CIFAR-10 200, CIFAR-100 100, tiny 50, else 90")
     add("--lr", type=number(float, 0, strict=True), help="rate of SGD with momentum 0.9 (toy 0.05, tiny 0.2, else 0.1)")
-    add("--wd", type=number(float, 0), help="weight decay (5e-4; 1e-4 from 64 px on)")
+    add("--wd", type=number(float, 0), help="weight decay (toy, CIFAR 5e-4, else 1e-4)")
     add("--batch", type=number(int, 2), help="images a step (toy 50, CIFAR 128, else 256)")
     add("--precision", choices=["float32", "bfloat16"], help="default: bfloat16 where the device multiplies in it")
     add("--keep", type=number(int, 1), nargs="+", metavar="E", help="keep the weights of these epochs, for --teacher")

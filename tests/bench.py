@@ -265,7 +265,7 @@ def stage_rows(repetitions, n=1000):
     content = dict(classes=data.classes, mean=[0.5] * 3, std=[0.25] * 3, precision=precision)
     args = squeeze.fill(evaluation.parse(["RUN"]), dict(batch=50, epochs=5))
     args.network, labels = "convnet", dict(keep_epochs=5, seed=0, scale=0.08)
-    job = squeeze.Namespace(seed=0, content=content, images=whole[:100], labels=labels, identity={})
+    job = squeeze.Namespace(seed=0, content=content, images=whole[:100], views=labels, identity={})
     evaluation.targets = lambda *args: torch.zeros(100, 10, device=device)
 
     @torch.no_grad()

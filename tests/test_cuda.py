@@ -134,7 +134,7 @@ def test_relabel_and_a_students_step(cuda, folded, hard, monkeypatch):
     args = Namespace(network="convnet", lr=0.1, wd=0.1, ema=0.99, batch=4, epochs=2, hard=hard, temperature=20.0,
                      schedule="stretched", online=False, teacher=None)
     job = Namespace(seed=0, images=images, content=dict(**TEACHER, labels=torch.arange(8) % 4), identity={},
-                    labels=dict(keep_epochs=2, seed=0, scale=0.08))
+                    views=dict(keep_epochs=2, seed=0, scale=0.08))
     if not hard:
         monkeypatch.setattr(evaluation, "targets", lambda *args: logits)
     student, average, _ = evaluation.train_student(job, args, Path("no checkpoint"))
