@@ -38,7 +38,7 @@ def targets(job, args, epoch, views):
     if args.online:
         return relabel.soft_labels(*job.teacher, job.images, views, 500).half().float()
     if args.hard:
-        hot = F.one_hot(job.content["labels"], len(job.content["classes"])).float().to(job.images.device)
+        hot = F.one_hot(job.content["labels"].to(job.images.device), len(job.content["classes"])).float()
         share = relabel.patch_mask(views.patch, job.images.shape[-1]).float().mean((1, 2, 3))[:, None]
         return (1 - share) * hot + share * hot[views.partner]
     logits = np.load(job.stored / "soft_labels.npy", mmap_mode="r")[epoch]
@@ -307,8 +307,8 @@ def main(argv):
         return export(args.runs[0], args.export)
     if args.report:
         return report(args.runs, device)
-    jobs = [load_job(run, args) for run in args.runs]      # all checks of all runs before any work,
-    for job in sorted(jobs, key=lambda job: not job.stored.is_dir()):      # also of the labels that are there
+    jobs = [load_job(run, args) for run in args.runs]      # all checks before any work, also of labels that are there
+    for job in sorted(jobs, key=lambda job: not (job.stored / "soft_labels.npy").is_file()):
         job.views, job.label_hash, job.label_bytes = find_labels(job, args)
     line = "%-44s %-24s %-13s %2s %13s %13s %10s %10s %8s"
     table = ["", line % ("run", "labels of", "student", "n", "averaged", "raw", "images", "labels", "time")]

@@ -112,9 +112,9 @@ CFM = dict(pairs_of=cfm_pairs, start=initial_images, smallest=lambda progress: 0
 def starting_images(data, ipc, confidence=None):
     """index [ipc, K]: row k holds the position of the k-th training image of every class; with confidence [n], of the
     k-th most confident one. BadInput if a class has fewer images."""
-    labels = data.train.labels
-    order = torch.arange(len(labels)) if confidence is None else confidence.argsort(descending=True, stable=True)
-    columns = [order[labels[order] == c][:ipc] for c in range(len(data.classes))]
+    order = (data.train.labels * 0 if confidence is None else confidence).argsort(descending=True, stable=True)
+    labels = data.train.labels[order]
+    columns = [order[labels == c][:ipc] for c in range(len(data.classes))]
     for name, own in zip(data.classes, columns):
         if len(own) < ipc:
             raise BadInput(f"--ipc {ipc}: class {name!r} has {len(own)} training images; use at most that many")

@@ -123,9 +123,9 @@ def load_run(run):
 def import_images(parent, source, resume):
     """Make a run folder inside the squeeze run `parent` out of an image folder source/<class>/*: returns its path.
     Classes are matched by name. Images are ordered by position in their class, then by class, as recover.py's."""
-    _, teacher, config = squeeze.load_teacher(parent, "cpu")
-    classes, present, size = teacher["classes"], squeeze.class_folders(source), teacher["size"]
-    folders = [folder if folder in present else name for name, folder in zip(classes, squeeze.folder_names(classes))]
+    (_, teacher, config), present = squeeze.load_teacher(parent, "cpu"), squeeze.class_folders(source)
+    size, pairs = teacher["size"], zip(teacher["classes"], squeeze.folder_names(teacher["classes"]))
+    folders = [name if name in present and folder not in present else folder for name, folder in pairs]
     if strange := sorted(set(present) - set(folders)):
         raise BadInput(f"--images {source}: class {strange[0]!r} is none of the teacher's in {parent}")
     files = squeeze.image_files(source, folders)

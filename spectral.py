@@ -348,8 +348,8 @@ def matching(real: dict, pairs: list | Callable, signal: str = "mean", centred: 
         if signal not in ("mean", "class") or signal == "class" and (layer.flc is None or not layer.share.all()):
             raise ValueError(f"signal {signal!r}: must be mean, or class with images of every class in real[{name!r}]")
     targets = [(names, *filtered([real[name] for name in names], pairs, signal, centred)) for names in groups.values()]
-    norm = max(torch.linalg.matrix_norm(layer.ffc).item() for layer in real.values()) + 1e-300
-    ratio = min(getattr(f, "alpha", math.inf) for _, chosen, _ in targets for _, *both in chosen for f in both) / norm
+    norm = [max(torch.linalg.matrix_norm(real[name].ffc).item() for name in names) + 1e-300 for names, *_ in targets]
+    ratio = min(getattr(f, "alpha", math.inf) / n for n, t in zip(norm, targets) for _, *fs in t[1] for f in fs)
     def loss(layers, memory=None, step=None):
         if layers.keys() != real.keys():
             raise ValueError(f"layers: {sorted(layers)} found, the real side has {sorted(real)}")

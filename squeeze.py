@@ -179,7 +179,7 @@ def load_cifar(kind, root, _):
             if name == names[0]:
                 classes = [str(word) for word in content[key]]
                 continue
-            labels = torch.tensor(content[key.replace("label_names", "labels")])
+            labels = torch.tensor(content[key.replace("label_names", "labels")]).long().view(-1)
             images = torch.from_numpy(content["data"].astype(np.uint8, casting="no").reshape(len(labels), 3, 32, 32))
             F.one_hot(labels, len(classes))                # refuses what is no class
             parts.append(Split(images, labels))
@@ -220,7 +220,7 @@ def load_tiny(root, _):
         download("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de", root)
     names, annotations = class_folders(folder / "train"), folder / "val" / "val_annotations.txt"
     text = annotations.read_text(errors="replace") if annotations.is_file() else ""
-    rows = [row for row in re.findall(r"^(.+?)\t(\w+)", text, re.MULTILINE) if row[1] in names]
+    rows = [row for row in re.findall(r"^(.+?)\t([^\t\r\n]+)", text, re.MULTILINE) if row[1] in names]
     if not rows:
         raise BadInput(f"{annotations}: names no image of the classes in train/: unpack it again")
     test = Split([str(folder / "val" / "images" / Path(file).name) for file, _ in rows],
@@ -263,7 +263,7 @@ def read(split, transform, seed, index):
 def stream(split, transform, batch, seed=0):
     """Batches of a split of files, in order: uint8 [B, 3, S, S], int64 [B]."""
     n, collate = len(split.labels), functools.partial(read, split, transform, seed)
-    workers = min(8, os.cpu_count(), n // 1000)
+    workers = min(8, os.cpu_count()) if n > 1000 else 0
     return torch.utils.data.DataLoader(range(n), batch, collate_fn=collate, num_workers=workers)
 
 def normalise(images, mean, std):
@@ -472,8 +472,8 @@ def open_run(folder, stage, settings, inputs, resume):
         raise BadInput(f"{folder}: in use: add --resume to continue what is there, or remove the folder")
     config = read_config(folder, stage, True)
     now, then = {**settings, **inputs}, {**config["settings"], **config["inputs"]}         # hashes stand for paths
-    if other := [f"{key} is {now[key]!r} now and was {then.get(key)!r}" for key in now if now[key] != then.get(key)]:
-        raise BadInput(f"--resume {folder}: {other[0]}: give the same to {stage}.py, or remove the folder")
+    for key in [key for key in {**then, **now} if now.get(key) != then.get(key)]:
+        raise BadInput(f"--resume {folder}: {key} is {now.get(key)!r} now and was {then.get(key)!r}: give that again")
     return config
 
 def finish_run(folder, config, artefacts, **results):
@@ -537,9 +537,10 @@ def gather_statistics(network, data, teacher, batch):
     wanted = lambda name, module: name == head or spectral.is_main_convolution(name, module)
     start, confidence, device = time.time(), [], next(network.parameters()).device
     def ask(images, labels):
-        logits = forward(network, normalise(images.to(device), teacher["mean"], teacher["std"]))
-        confidence.append(-F.cross_entropy(logits.cpu().double(), labels, reduction="none"))    # float32 has ties
-    layers = spectral.real_statistics(network, batches(data, data.train, batch), len(data.classes), wanted, forward=ask)
+        logits = forward(network, normalise(images, teacher["mean"], teacher["std"])).double()  # float32 has ties
+        confidence.append(-F.cross_entropy(logits, labels, reduction="none").cpu())
+    loader = ((images.to(device), labels.to(device)) for images, labels in batches(data, data.train, batch))
+    layers = spectral.real_statistics(network, loader, len(data.classes), wanted, forward=ask)
     print(f"statistics of {len(layers)} layers: {time.time() - start:.1f} s", flush=True)
     return dict(layers={name: layer.to("cpu", torch.float32)._asdict() for name, layer in layers.items()}, head=head,
                 confidence=torch.cat(confidence))
@@ -562,9 +563,9 @@ def load_teacher(folder, device):
         network = build_network(teacher["network"], len(teacher["classes"]), teacher["size"], teacher["precision"])
         network.load_state_dict(teacher["state_dict"])
         normalise(torch.zeros(1, 3, 1, 1), teacher["mean"], teacher["std"])    # raises where they are none
-        return fold(network.to(device)), teacher, config
     except Exception as error:                             # a stranger's can hold anything
         raise BadInput(f"{folder}/teacher.pt: not as squeeze.py writes it today: squeeze again") from error
+    return fold(network.to(device)), teacher, config
 
 def check_data(data, teacher, config):
     """The data set must be the one the teacher was trained on, class by class and image by image."""

@@ -430,6 +430,29 @@ def test_what_turns_non_finite_is_named_and_the_last_good_batch_kept(here, monke
     assert Path("runs/toy-convnet/cfm-ipc3-iterations3/images.pt").is_file()
 
 
+def test_out_of_memory_is_not_a_broken_teacher(here, monkeypatch):
+    def full(self, *args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(torch.nn.Sequential, "to", lambda self, *args, **more: self if "memory_format" in more else full(self))
+    with pytest.raises(torch.OutOfMemoryError):
+        squeeze.load_teacher("runs/toy-convnet", torch.device("cpu"))
+
+
+def test_a_setting_of_an_older_version_is_not_overlooked(tmp_path):
+    squeeze.open_run(tmp_path, "relabel", {"epochs": 3, "top_k": 2}, {}, True)
+    one_line(lambda flags: squeeze.open_run(tmp_path, "relabel", {"epochs": 3}, {}, True), [], "top_k is None now and was 2")
+
+
+def test_a_class_name_leads_nowhere_on_the_way_in(here):
+    folder = Path("runs/toy-convnet")
+    config, teacher = squeeze.read_config(folder, "squeeze"), torch.load(folder / "teacher.pt", weights_only=True)
+    squeeze.save(folder / "teacher.pt", {**teacher, "classes": ["../secret", *teacher["classes"][1:]]})
+    config["artefacts"]["teacher.pt"] = squeeze.sha256(folder / "teacher.pt")
+    squeeze.save(folder / "config.json", config)
+    Path("secret").mkdir(), Path("images").mkdir()
+    one_line(relabel.main, [folder, "--images", "images"], "file for the classes %2E%2E%2F")
+
+
 def test_a_strangers_teacher_is_looked_at(here):
     folder = Path("runs/toy-convnet")
     config, teacher = squeeze.read_config(folder, "squeeze"), torch.load(folder / "teacher.pt", weights_only=True)

@@ -593,3 +593,10 @@ def test_features_that_are_not_finite_show_in_the_loss():
     loss = sp.matching({"x": sp.moments(X)}, sp.cfm_pairs(0.1))
     for bad in (math.nan, math.inf):
         assert not loss({"x": sp.moments(torch.cat([X, torch.full((1, 4), bad)]))}).isfinite()
+
+
+def test_alpha_is_judged_stack_by_stack():
+    """Pairs by stack, alpha in units of its own norm: layers of 1e-2 and 1e3 are both resolved."""
+    real = {name: sp.moments(scale * torch.randn(50, C)) for name, scale, C in (("a", 1e-2, 3), ("b", 1e3, 4))}
+    pairs = lambda psi: sp.cfm_pairs(1e-3 * torch.linalg.matrix_norm(psi).max().item())
+    assert sp.matching(real, pairs)(real) == 0
