@@ -39,7 +39,7 @@ LAYOUTS = {"plain": (2,), "map": (3, 4, 5), "tokens": (3, 4, 5)}       # and how
 # Statistics and filters never use half precision, whatever autocast is around.
 single = lambda x: x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 full_precision = lambda x: torch.autocast(x.device.type, enabled=False)
-blocks = lambda X: X.split(max(4096, len(X) // 16))        # rows, to go through without a second X in memory
+blocks = lambda X: map(single, X.split(max(4096, 2**17 // X.shape[1], len(X) // 16)))  # rows: no second X in memory
 
 # ---- Features, the inputs of a frozen network's modules, and their FFC and FLC (Eq. 15-16) ---------------------------
 def is_main_convolution(name: str, module: nn.Module) -> bool:
@@ -124,9 +124,12 @@ class _Covariance(torch.autograd.Function):
 
     @staticmethod
     def forward(X):
-        mean = X.mean(0, dtype=single(X[:1]).dtype)
-        centred = (single(part) - mean for part in blocks(X))
-        return (sum((part.T @ part).double() for part in centred) / len(X)).to(mean.dtype), mean
+        seen = None
+        for rows in blocks(X):
+            rows = rows - (mean := rows.mean(0))
+            part = Statistics(len(rows), mean, rows.T @ rows / len(rows))
+            seen = merge(seen.to(torch.float64), part.to(torch.float64)) if seen else part
+        return seen.ffc.to(mean), seen.mean.to(mean)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -137,7 +140,8 @@ class _Covariance(torch.autograd.Function):
         X, mean = ctx.saved_tensors
         with full_precision(G):
             A = (G + G.T) / len(X)
-            return torch.cat([torch.addmm(g / len(X) - A @ mean, single(part), A).to(X.dtype) for part in blocks(X)])
+            parts = [torch.addmm(g / len(X) - A @ mean, rows, A).to(X.dtype) for rows in blocks(X)]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 def moments(features: Tensor, labels: Tensor | None = None, layout: str | None = None) -> Statistics:
     """The Statistics of one batch, with gradient: Psi = X^T X / n - m m^T and m = X^T 1 / n (Eq. 15-16), X [n, C] the
@@ -201,7 +205,7 @@ def real_statistics(network: nn.Module, batches: Iterable, K: int, select: Calla
 # shortcut as f.matrix. identity: f = 1, all-pass (DM); low_pass: f = lambda (SRe2L, DC, CovM).
 identity, low_pass = (lambda lam: torch.ones_like(lam)), (lambda lam: lam)
 identity.matrix = lambda psi: torch.eye(psi.shape[-1], dtype=psi.dtype, device=psi.device).expand_as(psi)
-low_pass.matrix = lambda psi: psi
+low_pass.matrix = lambda psi: (psi + psi.mT) / 2
 
 def ridge(alpha: float) -> Callable:
     """f = 1 / (lambda + alpha), high-pass: flat below alpha, falling above (FrePo, CFM), with F = (Psi + alpha I)^-1
@@ -267,13 +271,15 @@ class _SpectralFilter(torch.autograd.Function):
             return U @ (Gamma * (U.mT @ G @ U)) @ U.mT, None
 
 class _Ridge(torch.autograd.Function):
-    """F = (Psi + alpha I)^-1 by Cholesky; dF = -F dPsi F, so the backward is two products and no factorisation."""
+    """F = (Psi + alpha I)^-1, of Psi's symmetric part, by Cholesky; dF = -F dPsi F, so the backward is two products."""
     generate_vmap_rule = True
 
     @staticmethod
     def forward(psi, alpha):
-        factor, info = torch.linalg.cholesky_ex(psi + alpha * identity.matrix(psi))    # _ex does not wait for the GPU,
-        factor = torch.where((info == 0)[..., None, None], factor, math.nan)           # nor raise: the loss shows it
+        M = (psi + psi.mT) / 2
+        M.diagonal(0, -2, -1).add_(alpha)
+        factor, info = torch.linalg.cholesky_ex(M)         # _ex does not wait for the GPU, nor raise: the loss shows it
+        factor.masked_fill_((info != 0)[..., None, None], math.nan)
         return torch.cholesky_inverse(factor)
 
     @staticmethod
@@ -284,7 +290,7 @@ class _Ridge(torch.autograd.Function):
     def backward(ctx, G):
         F, = ctx.saved_tensors
         with full_precision(G):
-            return -F @ ((G + G.mT) / 2) @ F, None
+            return F @ ((G + G.mT) / -2) @ F, None
 
 def spectral_filter(ffc: Tensor, f: Callable) -> Tensor:
     """f(Psi) = U diag(f(lambda)) U^T [..., C, C] for symmetric ffc and any differentiable f on the eigenvalues.
@@ -296,8 +302,8 @@ def spectral_filter(ffc: Tensor, f: Callable) -> Tensor:
     if ffc.ndim < 2 or ffc.shape[-1] != ffc.shape[-2]:
         raise ValueError(f"ffc must be [..., C, C], found {tuple(ffc.shape)}")
     with full_precision(ffc):
-        psi = (single(ffc) + single(ffc).mT) / 2
-        return f.matrix(psi) if hasattr(f, "matrix") else _SpectralFilter.apply(psi, f)
+        psi = single(ffc)
+        return f.matrix(psi) if hasattr(f, "matrix") else _SpectralFilter.apply((psi + psi.mT) / 2, f)
 
 # ---- Curriculum Frequency Matching, and the objective of Eq. 1 -------------------------------------------------------
 def alpha_schedule(k: int, T: int, alpha_max: float, kind: str = "cosine") -> float:
@@ -363,8 +369,9 @@ def matching(real: dict, pairs: list | Callable, signal: str = "mean", centred: 
             with full_precision(wanted[0]):
                 found = filtered([joined[name] for name in names], chosen, signal, centred, 1)[1]
                 for (g, *_), a, b in zip(chosen, wanted, found):
-                    here = torch.stack([layers[name].share for name in names]).unsqueeze(-2) > 0 \
-                        if g == "x" and signal == "class" else 1
-                    total = total + torch.linalg.vector_norm((a.to(b.dtype) - b) * here, dim=(-2, -1)).sum()
+                    apart = a.to(b.dtype) - b
+                    if g == "x" and signal == "class":
+                        apart = apart * (torch.stack([layers[name].share for name in names]).unsqueeze(-2) > 0)
+                    total = total + torch.linalg.vector_norm(apart, dim=(-2, -1)).sum()
         return total
     return loss

@@ -89,6 +89,20 @@ def test_covariance_gradient(memory_format):
     assert torch.autograd.gradgradcheck(lambda x: sp.moments(x)[1:3], x)
 
 
+def test_many_rows_go_block_by_block():
+    """Three blocks, the last one short, joined by Chan's law: value and gradient of the whole, at a mean of a thousand
+    deviations in float32 too."""
+    X, G = torch.randn(9000, 40, **f64).requires_grad_(), torch.randn(40, 40, **f64)
+    assert len(list(sp.blocks(X))) == 3
+    whole = torch.cov(X.T, correction=0)
+    found = sp.moments(X)
+    assert torch.allclose(found.ffc, whole, atol=1e-14) and torch.allclose(found.mean, X.mean(0), atol=1e-14)
+    wanted, = torch.autograd.grad((whole * G).sum() + X.mean(0) @ G[0], X)
+    ours, = torch.autograd.grad((found.ffc * G).sum() + found.mean @ G[0], X)
+    assert torch.allclose(ours, wanted, atol=1e-15)
+    assert torch.allclose(sp.moments((X + 1000).float()).ffc.double(), whole, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_covariance_gradient_in_half_precision(dtype):
     """Rounded to the features' precision, but not lost where it is small."""
