@@ -8,8 +8,7 @@ Every objective compares  f(FFC) g(FLC)  of the real and the synthetic set; METH
 like recover.py's. These are the linear-head forms of the theory on one trained teacher, under CFM's recipe (start,
 cross-entropy, views). They leave out what the published methods add: DM and DC draw many random networks, MTT matches
 trajectories of a whole one, FrePo keeps a pool of them; CDA and DWA use their own rates and iterations. So no number
-made here is the published method's. G-VBSM is not here: it compares images of one class within a batch, where a batch
-here has one of each, and several teachers would ask for a second network in every stage."""
+made here is the published method's."""
 import copy
 import functools
 import math
@@ -80,9 +79,9 @@ def realistic_crops(job, args, candidates=300, crops=5):
     d, wanted, upright = -(-S // grid), args.ipc * grid**2, torch.tensor(False, device=device)
     for c in range(len(job.data.classes)):
         own = rng.permutation((job.data.train.labels == c).nonzero()[:, 0].numpy())[:max(candidates, wanted)]
-        images = squeeze.take(job.data, job.data.train, torch.from_numpy(own)).to(device).repeat(crops, 1, 1, 1)
-        boxes = squeeze.crop_boxes(rng.random((len(images), 4)), (0.08, 1), (1, 1)).to(device)
-        views = squeeze.resample(images.float(), squeeze.crop_grid(boxes, upright, d)).round()
+        images = recover.take(job.data, job.data.train, torch.from_numpy(own)).to(device).repeat(crops, 1, 1, 1)
+        boxes = recover.crop_boxes(rng.random((len(images), 4)), (0.08, 1), (1, 1)).to(device)
+        views = recover.resample(images.float(), recover.crop_grid(boxes, upright, d)).round()
         seen = F.pad(squeeze.normalise(views, teacher["mean"], teacher["std"]), 2 * ((S - d) // 2, (S - d + 1) // 2))
         loss = torch.cat([-squeeze.forward(job.network, part).log_softmax(1)[:, c] for part in seen.split(500)])
         best, which = loss.view(crops, -1).min(0)

@@ -106,7 +106,7 @@ def load_job(run, args):
     if args.validate != about["validate"]:
         raise BadInput(f"--validate: {run}'s teacher was made with{'' if about['validate'] else 'out'} it: do the same")
     data = squeeze.load_data(made["dataset"], args.data or made["data"], about["size"], about["classes"], args.validate)
-    squeeze.check_data(data, content, config)
+    recover.check_data(data, content, config)
     data = data._replace(train=None, test=squeeze.in_memory(data, data.test, squeeze.pick_device()))
     return Namespace(run=run, content=content, made=made, labeller=labeller, stored=stored, inputs=inputs, data=data)
 
@@ -117,7 +117,7 @@ def find_labels(job, args):
         made = squeeze.fill(Namespace(epochs=args.epochs, seed=0), squeeze.PRESETS[job.made["dataset"]]["relabel"])
         return {**vars(made), "keep_epochs": made.epochs}, job.inputs["teacher.pt"] if args.online else "", 0
     flags = [f"--{flag}={getattr(args, flag)}" for flag in ("epochs", "teacher") if getattr(args, flag)]
-    squeeze.ensure(job.stored, "relabel", [job.run, *flags], relabel.main, args.resume)
+    recover.ensure(job.stored, "relabel", [job.run, *flags], relabel.main, args.resume)
     labels = squeeze.read_config(job.stored, "relabel")
     if labels["inputs"] != job.inputs:
         raise BadInput(f"{job.stored}: made for other images or by another teacher: remove it and relabel again")
@@ -165,7 +165,7 @@ def export(run, target):
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise BadInput(f"--export {target}: not an empty folder: name a new one")
     try:
-        for c, name in enumerate(squeeze.folder_names(content["classes"])):
+        for c, name in enumerate(relabel.folder_names(content["classes"])):
             (target / name).mkdir(parents=True)
             for i, image in enumerate(content["images"][content["labels"] == c]):
                 to_pil_image(image).save(target / name / f"{i:05d}.png")
@@ -243,7 +243,7 @@ def report(runs, device):
     parent = loaded[0][2]
     if strange := [run for run, (_, _, other) in zip(runs, loaded) if other != parent]:
         raise BadInput(f"--report: {strange[0]} is not of {parent.name} as {runs[0]} is: name runs of one teacher")
-    network, _, config = squeeze.load_teacher(parent, device)
+    network, _, config = recover.load_teacher(parent, device)
     statistics = squeeze.load_state(squeeze.checked(parent, "statistics.pt", config))
     layer = [name for name in statistics["layers"] if name != statistics["head"]][-1]
     folder, rows, curves, filters, tiles = parent / "report", {}, {}, {}, []
@@ -315,7 +315,7 @@ def main(argv):
     while jobs:                                            # the images of one at a time on the device
         job = jobs.pop(0)
         job.images = job.content["images"].to(device)
-        job.teacher = squeeze.load_teacher(job.labeller, device)[:2] if args.online else None
+        job.teacher = recover.load_teacher(job.labeller, device)[:2] if args.online else None
         for network in args.network or [job.made["network"]]:
             row = evaluate(job, network, args)
             scores = ("%6.2f ± %4.2f" % (row[kind], row[kind + "_std"]) for kind in ("averaged", "raw"))
@@ -323,7 +323,7 @@ def main(argv):
             who = "none" if args.hard else job.labeller.resolve().name
             table.append(line % (job.run, who, network, len(row["seeds"]), *scores, *sizes, f"{row['seconds']:.0f} s"))
     print(*table, f"top-1 {'held-out' if args.validate else 'test'} accuracy in %, last epoch, mean and deviation over "
-          f"n seeds; peak memory {squeeze.peak_memory(device):.0f} MB",
+          f"n seeds; peak memory {recover.peak_memory(device):.0f} MB",
           "next: the same with recover.py --iterations 0, the honest rival", sep="\n")
 
 if __name__ == "__main__":

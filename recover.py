@@ -26,6 +26,61 @@ import spectral
 import squeeze
 from squeeze import BadInput, Namespace, number
 
+# ---- What this stage and the later ones need of a teacher, and views of images ---------------------------------------
+def load_teacher(folder, device):
+    """A finished squeeze run: (folded network, teacher.pt's dict, config)."""
+    config = squeeze.read_config(folder, "squeeze")
+    teacher = squeeze.load_state(squeeze.checked(folder, "teacher.pt", config))
+    try:
+        about = teacher["network"], len(teacher["classes"]), teacher["size"], teacher["precision"]
+        network = squeeze.build_network(*about)
+        network.load_state_dict(teacher["state_dict"])
+        squeeze.normalise(torch.zeros(1, 3, 1, 1), teacher["mean"], teacher["std"])    # raises where they are none
+    except Exception as error:                             # a stranger's can hold anything
+        raise BadInput(f"{folder}/teacher.pt: not as squeeze.py writes it today: squeeze again") from error
+    return squeeze.fold(network.to(device)), teacher, config
+
+def check_data(data, teacher, config):
+    """The data set must be the one the teacher was trained on, class by class and image by image."""
+    if data.classes != teacher["classes"] or data.sha256 != config["inputs"]["data"]:
+        raise BadInput(f"--data: not the images and classes ({data.classes[:3]}...) of the teacher: squeeze again")
+
+def ensure(folder, stage, flags, main, resume):
+    """Run a stage that a later one needs, main(flags), if it was not, or on if it was not to the end."""
+    if not (folder / "config.json").is_file() or not squeeze.read_config(folder, stage, resume)["artefacts"]:
+        print(f"{folder}: not there yet, or unfinished, so first: python {stage}.py {' '.join(flags)}", flush=True)
+        main([*flags, *["--resume"] * resume])
+
+def peak_memory(device):
+    """Peak memory of this process in MB: CUDA's counter on a GPU, the resident set on Linux, NaN elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    status = Path("/proc/self/status")                     # getrusage would count the parent's memory before exec
+    return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1e3 if status.is_file() else math.nan
+
+def take(data, split, index):
+    """Images of a split by position, under the evaluation transform: uint8 [len(index), 3, S, S]."""
+    return torch.cat([images for images, _ in squeeze.batches(data, squeeze.select(split, index), 500)])
+
+def crop_boxes(uniform, scale, ratio=(3 / 4, 4 / 3)):
+    """Random resized crops from uniform numbers [n, 4]: centre x and y, width, height [n, 4], in fractions of a side.
+    Area uniform in `scale`, log aspect ratio in log `ratio`, as torchvision; but a side that does not fit is cut."""
+    area, shape, x, y = uniform.astype(np.float64).T
+    area, shape = scale[0] + (scale[1] - scale[0]) * area, ratio[0] * (ratio[1] / ratio[0]) ** shape
+    w, h = np.minimum(np.sqrt(area * shape), 1), np.minimum(np.sqrt(area / shape), 1)
+    return torch.from_numpy(np.stack([w / 2 + x * (1 - w), h / 2 + y * (1 - h), w, h], 1).astype(np.float32))
+
+def crop_grid(boxes, flips, size):
+    """The sampling grid [B, S, S, 2] of crops `boxes` [B, 4] resized to S pixels, mirrored where `flips` [B] says."""
+    x, y, w, h = boxes.unbind(1)
+    theta = torch.stack([torch.where(flips, -w, w), 0 * x, 2 * x - 1, 0 * x, h, 2 * y - 1], 1).view(-1, 2, 3)
+    return F.affine_grid(theta, (len(boxes), 3, size, size), align_corners=False)
+
+def resample(images, grid):
+    """Bilinear values of float images [B, 3, S, S] at grid [B, S, S, 2], one batched call; channels last."""
+    out = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return out.contiguous(memory_format=torch.channels_last)
+
 # ---- One batch -------------------------------------------------------------------------------------------------------
 def cfm_pairs(k, args):
     """The pairs of CFM in round k (Eq. 18-20), or of its ablations. --filter high: alpha_max / 100 throughout, a fixed
@@ -52,10 +107,10 @@ def random_views(rng, T, images, smallest):
     and flip are an image's, a roll by 0-4 pixels the batch's. smallest(t / T): the least share of area in a crop."""
     B, S, device = len(images), images.shape[-1], images.device
     least = np.repeat([smallest(t / T) for t in range(T)], B)
-    boxes = squeeze.crop_boxes(rng.random((T * B, 4)), (least, 1)).view(T, B, 4).to(device)
+    boxes = crop_boxes(rng.random((T * B, 4)), (least, 1)).view(T, B, 4).to(device)
     flips = torch.from_numpy(rng.random((T, B)) < 0.5).to(device)
     rolls = rng.integers(0, 5, (T, 2)).tolist()            # of the grid, which rolls the view
-    return lambda images, t: squeeze.resample(images, squeeze.crop_grid(boxes[t], flips[t], S).roll(rolls[t], (1, 2)))
+    return lambda images, t: resample(images, crop_grid(boxes[t], flips[t], S).roll(rolls[t], (1, 2)))
 
 @torch.no_grad()
 def view_statistics(images, network, layers, rng, job, args):
@@ -100,7 +155,7 @@ def make_batch(job, args, images, classes, memory, rng):
 def initial_images(job, k, classes, rng):
     """uint8 [B, 3, S, S]: round k's training image of each class of the chunk, or Gaussian noise."""
     if job.index is not None:
-        return squeeze.take(job.data, job.data.train, job.index[k, classes])
+        return take(job.data, job.data.train, job.index[k, classes])
     noise = rng.normal(127.5, 64, (len(classes), 3, job.data.size, job.data.size))
     return torch.from_numpy(noise.clip(0, 255).astype(np.uint8))
 
@@ -258,9 +313,9 @@ def run(args, method, defaults, prepare=lambda job, args: None):
     print(f"plan: {args.ipc} rounds of {K} images, {args.ipc * math.ceil(K / args.batch)} batches of {args.iterations} "
           f"iterations on {device}; images {3e-6 * N * data.size**2:.1f} MB, labels {2e-6 * N * K:.2f} MB an epoch")
     if not args.teacher:
-        squeeze.ensure(parent, "squeeze", [*flags, "--data", args.data], squeeze.main, args.resume)
-    network, teacher, teacher_config = squeeze.load_teacher(parent, device)
-    squeeze.check_data(data, teacher, teacher_config)
+        ensure(parent, "squeeze", [*flags, "--data", args.data], squeeze.main, args.resume)
+    network, teacher, teacher_config = load_teacher(parent, device)
+    check_data(data, teacher, teacher_config)
     found = squeeze.load_state(squeeze.checked(parent, "statistics.pt", teacher_config))
     select = spectral.is_main_convolution if args.layers == "conv" else lambda name, module: name == found["head"]
     real = {name: spectral.Statistics(**found["layers"][name]).to(device)
@@ -281,7 +336,7 @@ def run(args, method, defaults, prepare=lambda job, args: None):
         part.unlink(missing_ok=True)
     squeeze.checked(folder, "images.pt", config)
     print(f"images: {folder / 'images.pt'}, {config['results']['seconds']:.0f} s, peak memory "
-          f"{squeeze.peak_memory(device):.0f} MB; look at {folder / 'preview.png'}\nnext: python eval.py {folder}")
+          f"{peak_memory(device):.0f} MB; look at {folder / 'preview.png'}\nnext: python eval.py {folder}")
 
 def main(argv):
     args = parse(argv)

@@ -11,15 +11,18 @@ soft_labels.npy (float16 logits [E, N, K]; ImageNet at IPC 50: 30 GB, or fewer e
 import contextlib
 import hashlib
 import math
+import re
 import shutil
 import time
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 import torch
 from torchvision import transforms as T
 
+import recover
 import squeeze
 from squeeze import BadInput, number
 
@@ -37,7 +40,7 @@ def draw_views(seed, epoch, N, size, scale, device="cpu"):
     centre, half = u[:, 6:8] * size, np.sqrt(u[:, 5:6]) * size / 2
     patch = np.concatenate([centre - half, centre + half], 1).round().clip(0, size).astype(np.int64)
     others = u[:, 4] < 0.5, (u[:, 8] * N).astype(np.int64), patch
-    return Views(squeeze.crop_boxes(u[:, :4], (scale, 1)).to(device), *(torch.from_numpy(v).to(device) for v in others))
+    return Views(recover.crop_boxes(u[:, :4], (scale, 1)).to(device), *(torch.from_numpy(v).to(device) for v in others))
 
 def patch_mask(patch, size):
     """bool [B, 1, S, S]: true where the partner's view is pasted."""
@@ -49,8 +52,8 @@ def patch_mask(patch, size):
 def render(images, views, index):
     """The views of images[index]: float [B, 3, S, S] in levels 0..255. images: uint8 [N, 3, S, S]."""
     size, both = images.shape[-1], torch.cat([index, views.partner[index]])
-    grid = squeeze.crop_grid(views.boxes[both], views.flips[both], size)
-    own, pasted = squeeze.resample(images[both].float(), grid).chunk(2)
+    grid = recover.crop_grid(views.boxes[both], views.flips[both], size)
+    own, pasted = recover.resample(images[both].float(), grid).chunk(2)
     return torch.where(patch_mask(views.patch[index], size), pasted, own)
 
 @torch.no_grad()
@@ -120,11 +123,19 @@ def load_run(run):
             return content, config, parent
     raise BadInput(f"{run}/images.pt: not uint8 images [N, 3, {size}, {size}], labels, classes, mean, std: mend it")
 
+def folder_names(classes):
+    """What an export calls the folders of classes: their names, quoted as in a URL, or %XX for every byte where one
+    could lead out of the export, is reserved by Windows, or differs from another in upper case only."""
+    plain = re.compile(r"(?!(con|prn|aux|nul|com\d|lpt\d)(\.|$))[\w%-]([\w .%-]*[\w%-])?", re.ASCII | re.IGNORECASE)
+    names, lower = [name.encode("utf8", "surrogatepass") for name in classes], [name.lower() for name in classes]
+    return [quote(name, safe=" ") if plain.fullmatch(quote(name, safe=" ")) and lower.count(key) == 1 else
+            "".join(f"%{byte:02X}" for byte in name) for name, key in zip(names, lower)]
+
 def import_images(parent, source, resume):
     """Make a run folder inside the squeeze run `parent` out of an image folder source/<class>/*: returns its path.
     Classes are matched by name. Images are ordered by position in their class, then by class, as recover.py's."""
-    (_, teacher, config), present = squeeze.load_teacher(parent, "cpu"), squeeze.class_folders(source)
-    size, pairs = teacher["size"], zip(teacher["classes"], squeeze.folder_names(teacher["classes"]))
+    (_, teacher, config), present = recover.load_teacher(parent, "cpu"), squeeze.class_folders(source)
+    size, pairs = teacher["size"], zip(teacher["classes"], folder_names(teacher["classes"]))
     folders = [name if name in present and folder not in present else folder for name, folder in pairs]
     if strange := sorted(set(present) - set(folders)):
         raise BadInput(f"--images {source}: class {strange[0]!r} is none of the teacher's in {parent}")
@@ -178,7 +189,7 @@ def main(argv):
     if not (folder / "log.jsonl").is_file() and size > (free := shutil.disk_usage(run).free):
         raise BadInput(f"--epochs {args.epochs}: soft labels need {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
                        "use --keep-epochs, or eval.py --online")
-    network, teacher, _ = squeeze.load_teacher(parent, device)
+    network, teacher, _ = recover.load_teacher(parent, device)
     images, args.precision = content["images"].to(device), teacher["precision"]
     def label(epoch):
         views = draw_views(args.seed, epoch, len(images), images.shape[-1], args.scale, device)
@@ -190,7 +201,7 @@ def main(argv):
         if not path.exists():                              # it does if a run was killed at the very end
             write(path, shape, label)
         squeeze.finish_run(folder, config, [path.name], label_bytes=size)
-    print(f"labels: {path}, {size / 1e6:.2f} MB, peak memory {squeeze.peak_memory(device):.0f} MB\n"
+    print(f"labels: {path}, {size / 1e6:.2f} MB, peak memory {recover.peak_memory(device):.0f} MB\n"
           f"next: python eval.py {run}" + (f" --teacher {args.teacher}" if args.teacher else ""))
 
 if __name__ == "__main__":

@@ -276,10 +276,8 @@ class _Ridge(torch.autograd.Function):
 
     @staticmethod
     def forward(psi, alpha):
-        M = (psi + psi.mT) / 2
-        M.diagonal(0, -2, -1).add_(alpha)
-        factor, info = torch.linalg.cholesky_ex(M)         # _ex does not wait for the GPU, nor raise: the loss shows it
-        factor.masked_fill_((info != 0)[..., None, None], math.nan)
+        factor, info = torch.linalg.cholesky_ex((psi + psi.mT) / 2 + alpha * identity.matrix(psi))
+        factor.masked_fill_((info != 0)[..., None, None], math.nan)            # it neither waits for the GPU nor raises
         return torch.cholesky_inverse(factor)
 
     @staticmethod

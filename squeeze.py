@@ -22,7 +22,6 @@ import zipfile
 from argparse import Namespace                             # what the later stages carry jobs in
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -60,14 +59,12 @@ PRESETS = {
 # ---- Errors and flags ------------------------------------------------------------------------------------------------
 class BadInput(ValueError):
     """Something the user can mend. The message is one line: the flag or file, what was found, what to do."""
-
     def __init__(self, message):
         message = message.split("BadInput: ")[-1].strip()  # a DataLoader's worker hands on a traceback
         super().__init__("".join(c if c.isprintable() else "?" for c in message))      # strangers name files, classes
 
 class Parser(argparse.ArgumentParser):
     """argparse with the first two paragraphs of a script's docstring as help, and one-line errors like all others."""
-
     def __init__(self, doc):
         super().__init__(description="\n\n".join(doc.split("\n\n")[:2]), formatter_class=argparse.RawTextHelpFormatter)
         self.add_argument("--resume", action="store_true", help="continue what a killed run left")
@@ -107,13 +104,6 @@ def keep_freed_memory():
 
 def pick_device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-def peak_memory(device):
-    """Peak memory of this process in MB: CUDA's counter on a GPU, the resident set on Linux, NaN elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
-    status = Path("/proc/self/status")                     # getrusage would count the parent's memory before exec
-    return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1e3 if status.is_file() else math.nan
 
 # ---- Data sets and views ---------------------------------------------------------------------------------------------
 class Split(NamedTuple):
@@ -160,7 +150,6 @@ def download(url, md5, root):
 class Plain(pickle.Unpickler):
     """Reads the pickles of CIFAR, anybody's copy. Whatever it calls by one of these names is ours, all else is refused:
     no code of it runs, and it gets no memory that its own bytes do not fill."""
-
     def find_class(self, module, name):
         return {"_reconstruct": lambda *claims: np.empty(0, np.uint8), "ndarray": None,
                 "dtype": lambda code, *rest: np.dtype({code: code for code in ("u1", "i4", "i8")}[code]),
@@ -197,14 +186,6 @@ def image_files(root, names, classes=None):
     except FileNotFoundError as error:                     # it names the classes without one
         raise BadInput(f"{root}: {str(error)[:200]}: expected <class>/<image>, some of every class") from error
     return Split([path for path, _ in found], torch.tensor([label for _, label in found]))
-
-def folder_names(classes):
-    """What an export calls the folders of classes: their names, quoted as in a URL, or %XX for every byte where one
-    could lead out of the export, is reserved by Windows, or differs from another in upper case only."""
-    plain = re.compile(r"(?!(con|prn|aux|nul|com\d|lpt\d)(\.|$))[\w%-]([\w .%-]*[\w%-])?", re.ASCII | re.IGNORECASE)
-    names, lower = [name.encode("utf8", "surrogatepass") for name in classes], [name.lower() for name in classes]
-    return [quote(name, safe=" ") if plain.fullmatch(quote(name, safe=" ")) and lower.count(key) == 1 else
-            "".join(f"%{byte:02X}" for byte in name) for name, key in zip(names, lower)]
 
 def load_folder(root, _):
     """Any train/ + val/ of class folders: ImageNet as torchvision has it, or the user's own images."""
@@ -283,54 +264,24 @@ def batches(data, split, batch):
     side = data.size if data.size <= 64 else round(data.size * 8 / 7)      # of 224: 256
     return stream(split, T.Compose([T.Resize(side), T.CenterCrop(data.size), T.PILToTensor()]), batch)
 
-def take(data, split, index):
-    """Images of a split by position, under the evaluation transform: uint8 [len(index), 3, S, S]."""
-    return torch.cat([images for images, _ in batches(data, select(split, index), 500)])
-
 def in_memory(data, split, device):
-    """The split as one uint8 tensor on the device, if it is small pictures; larger ones stay files, to be cropped."""
+    """The split as one uint8 tensor on the device, if it is small pictures, under the evaluation transform."""
     small = torch.is_tensor(split.images) or data.size <= 64
-    return split._replace(images=take(data, split, torch.arange(len(split.labels))).to(device)) if small else split
-
-def crop_boxes(uniform, scale, ratio=(3 / 4, 4 / 3)):
-    """Random resized crops from uniform numbers [n, 4]: centre x and y, width, height [n, 4], in fractions of a side.
-    Area uniform in `scale`, log aspect ratio in log `ratio`, as torchvision; but a side that does not fit is cut."""
-    area, shape, x, y = uniform.astype(np.float64).T
-    area, shape = scale[0] + (scale[1] - scale[0]) * area, ratio[0] * (ratio[1] / ratio[0]) ** shape
-    w, h = np.minimum(np.sqrt(area * shape), 1), np.minimum(np.sqrt(area / shape), 1)
-    return torch.from_numpy(np.stack([w / 2 + x * (1 - w), h / 2 + y * (1 - h), w, h], 1).astype(np.float32))
-
-def crop_grid(boxes, flips, size):
-    """The sampling grid [B, S, S, 2] of crops `boxes` [B, 4] resized to S pixels, mirrored where `flips` [B] says."""
-    x, y, w, h = boxes.unbind(1)
-    theta = torch.stack([torch.where(flips, -w, w), 0 * x, 2 * x - 1, 0 * x, h, 2 * y - 1], 1).view(-1, 2, 3)
-    return F.affine_grid(theta, (len(boxes), 3, size, size), align_corners=False)
-
-def resample(images, grid):
-    """Bilinear values of float images [B, 3, S, S] at grid [B, S, S, 2], one batched call; channels last."""
-    out = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    return out.contiguous(memory_format=torch.channels_last)
+    return Split(torch.cat([x for x, _ in batches(data, split, 500)]).to(device), split.labels) if small else split
 
 def training_batches(data, batch, augment, rng):
-    """One epoch of the training set, shuffled and augmented: yields uint8 or float (0..255) [B, 3, S, S], int64 [B].
-    augment: "crop", S pixels out of S + 8, or "resized", torchvision's RandomResizedCrop; both with flips."""
+    """One epoch of the training set, shuffled and augmented: yields uint8 [B, 3, S, S], int64 [B]. augment: "crop", S
+    pixels out of S + 8, of images in memory, or "resized", torchvision's RandomResizedCrop, of files; both flip."""
     images, labels = data.train
     order = torch.from_numpy(rng.permutation(len(labels)))
-    if not torch.is_tensor(images):
+    if augment == "resized":
         view = T.Compose([T.RandomResizedCrop(data.size), T.RandomHorizontalFlip(), T.PILToTensor()])
-        yield from stream(select(data.train, order), view, batch, int(rng.integers(2**31)))
-        return
-    if augment == "crop":                                  # windows [n, 3, 9, 9, S, S], a view of the padded images
-        windows = F.pad(images, (4, 4, 4, 4)).unfold(2, data.size, 1).unfold(3, data.size, 1)
-    for index in order.split(batch):
-        if augment == "crop":
-            top, left, flip = (torch.from_numpy(rng.integers(0, high, len(index))) for high in (9, 9, 2))
-            crops, flip = windows[index, :, top, left], flip.bool().to(images.device)
-            yield torch.where(flip[:, None, None, None], crops.flip(3), crops), labels[index]
-        else:
-            boxes = crop_boxes(rng.random((len(index), 4)), (0.08, 1))
-            grid = crop_grid(boxes, torch.from_numpy(rng.random(len(index)) < 0.5), data.size).to(images.device)
-            yield resample(images[index.to(images.device)].float(), grid), labels[index]
+        return (yield from stream(select(data.train, order), view, batch, int(rng.integers(2**31))))
+    windows = F.pad(images, (4, 4, 4, 4)).unfold(2, data.size, 1).unfold(3, data.size, 1)      # [n, 3, 9, 9, S, S]: a
+    for index in order.split(batch):                       # view of the padded images
+        top, left, flip = (torch.from_numpy(rng.integers(0, high, len(index))) for high in (9, 9, 2))
+        crops, flip = windows[index, :, top, left], flip.bool().to(images.device)
+        yield torch.where(flip[:, None, None, None], crops.flip(3), crops), labels[index]
 
 # ---- Networks --------------------------------------------------------------------------------------------------------
 def convnet(classes, size, width=128):
@@ -555,23 +506,6 @@ def fold(network):
             network.set_submodule(second, nn.Identity())
     return network.requires_grad_(False).to(memory_format=torch.channels_last)
 
-def load_teacher(folder, device):
-    """A finished squeeze run: (folded network, teacher.pt's dict, config)."""
-    config = read_config(folder, "squeeze")
-    teacher = load_state(checked(folder, "teacher.pt", config))
-    try:
-        network = build_network(teacher["network"], len(teacher["classes"]), teacher["size"], teacher["precision"])
-        network.load_state_dict(teacher["state_dict"])
-        normalise(torch.zeros(1, 3, 1, 1), teacher["mean"], teacher["std"])    # raises where they are none
-    except Exception as error:                             # a stranger's can hold anything
-        raise BadInput(f"{folder}/teacher.pt: not as squeeze.py writes it today: squeeze again") from error
-    return fold(network.to(device)), teacher, config
-
-def check_data(data, teacher, config):
-    """The data set must be the one the teacher was trained on, class by class and image by image."""
-    if data.classes != teacher["classes"] or data.sha256 != config["inputs"]["data"]:
-        raise BadInput(f"--data: not the images and classes ({data.classes[:3]}...) of the teacher: squeeze again")
-
 def given_weights(network, args, teacher):
     """Load --teacher FILE or torchvision's weights; mean and std, if the file has them, replace those in `teacher`."""
     flag, remedy = (f"--teacher {args.teacher}", "not a readable state dict") if args.teacher else (
@@ -632,12 +566,6 @@ def teacher_folder(args):
     extra = changed(vars(args), vars(parse(["--dataset", args.dataset])), ("data", "network", "keep", "resume"))
     return Path("runs") / "-".join([args.dataset, *own, args.network, *extra])
 
-def ensure(folder, stage, flags, main, resume):
-    """Run a stage that a later one needs, main(flags), if it was not, or on if it was not to the end."""
-    if not (folder / "config.json").is_file() or not read_config(folder, stage, resume)["artefacts"]:
-        print(f"{folder}: not there yet, or unfinished, so first: python {stage}.py {' '.join(flags)}", flush=True)
-        main([*flags, *["--resume"] * resume])
-
 def main(argv):
     args = parse(argv)
     folder = teacher_folder(args)
@@ -652,7 +580,8 @@ def main(argv):
     inputs = {"data": data.sha256, **({"teacher": sha256(args.teacher)} if args.teacher else {})}
     config = open_run(folder, "squeeze", {**settings(args), "data": os.path.realpath(args.data)}, inputs, args.resume)
     if not config["artefacts"]:
-        data = data._replace(train=in_memory(data, data.train, device), test=in_memory(data, data.test, device))
+        data = data._replace(test=in_memory(data, data.test, device), train=data.train if args.augment == "resized"
+                             else in_memory(data, data.train, device))
         network.to(device)
         if not given:
             train(network, data, teacher, args, folder)

@@ -150,7 +150,7 @@ def parity(folder, precision):
     """The table of cosines for the last round of IPC 1, 10, 50 and 100, with EMU (the rounds before it are real images)
     and without, on a trained teacher and its own statistics."""
     device = squeeze.pick_device()
-    network, teacher, config = squeeze.load_teacher(folder, device)
+    network, teacher, config = recover.load_teacher(folder, device)
     network.precision = precision or network.precision
     s, K = config["settings"], len(teacher["classes"])
     data = squeeze.load_data(s["dataset"], s["data"], s["size"], s["classes"], s["validate"])
@@ -159,7 +159,7 @@ def parity(folder, precision):
             if name != found["head"]}
     index, labels = recover.starting_images(data, 100, found["confidence"]), torch.arange(K, device=device)
     norm = {key: teacher[key] for key in ("mean", "std")}
-    load = lambda k: squeeze.normalise(squeeze.take(data, data.train, index[k]).to(device), **norm)
+    load = lambda k: squeeze.normalise(recover.take(data, data.train, index[k]).to(device), **norm)
     print(f"{folder}, {network.precision}: cosine of image gradients with float64's\n{'alpha':>9s} {'EMU':>4s} "
           f"{'cross-entropy':>14s} {'matching':>9s} {'A rounded first':>16s}")
     for ipc in (1, 10, 50, 100):
@@ -315,7 +315,7 @@ def growth(ipc, classes):
                                 select=spectral.is_main_convolution, teacher={**HALF, "classes": data.classes},
                                 index=recover.starting_images(data, ipc))
         seconds = recover.distil(job, args)
-    return seconds / (ipc * classes), squeeze.peak_memory(device)
+    return seconds / (ipc * classes), recover.peak_memory(device)
 
 
 def growth_rows():
@@ -348,7 +348,7 @@ def main():
     if args.peak:
         function, rest = prepared(*args.peak)
         function(*rest, 3)
-        return print(squeeze.peak_memory(squeeze.pick_device()))
+        return print(recover.peak_memory(squeeze.pick_device()))
     if args.growth_of:
         return print(*growth(*args.growth_of))
     if args.growth:

@@ -38,14 +38,15 @@ def folder(tmp_path, monkeypatch):
 def test_folder_data(folder):
     data = squeeze.load_data("folder", str(folder), size=32)
     assert data.classes == ["cat", "dog"] and data.train.labels.tolist() == [0] * 5 + [1] * 5
-    images = squeeze.take(data, data.train, torch.tensor([0, 6]))
+    images = recover.take(data, data.train, torch.tensor([0, 6]))
     assert images.shape == (2, 3, 32, 32) and images.dtype == torch.uint8
     assert torch.equal(images[0, 0], images[0, 1])         # grey stays grey in three channels
     seen = list(squeeze.batches(data, data.train, 3))
     assert torch.equal(torch.cat([x for x, _ in seen])[6], images[1]) and [len(y) for _, y in seen] == [3, 3, 3, 1]
-    assert torch.equal(squeeze.in_memory(data, data.train, torch.device("cpu")).images[6], images[1])
-    for augment in ("crop", "resized"):
-        epochs = [torch.cat([x for x, _ in squeeze.training_batches(data, 4, augment, np.random.default_rng(seed))])
+    inside = data._replace(train=squeeze.in_memory(data, data.train, torch.device("cpu")))
+    assert torch.equal(inside.train.images[6], images[1]) and torch.equal(inside.train.labels, data.train.labels)
+    for augment, kept in (("crop", inside), ("resized", data)):
+        epochs = [torch.cat([x for x, _ in squeeze.training_batches(kept, 4, augment, np.random.default_rng(seed))])
                   for seed in (0, 0, 1)]
         assert torch.equal(epochs[0], epochs[1]) and not torch.equal(epochs[0], epochs[2]) and len(epochs[0]) == 10
 

@@ -187,7 +187,7 @@ def test_pipeline_and_its_contracts(here, capsys):
     assert row["averaged"] == pytest.approx(np.mean([seed["averaged"] for seed in row["seeds"].values()]))
     labels = np.load(run / "labels" / "soft_labels.npy")
     assert labels.shape == (3, 12, 4) and labels.dtype == np.float16
-    network, teacher, _ = squeeze.load_teacher("runs/toy-convnet", torch.device("cpu"))
+    network, teacher, _ = recover.load_teacher("runs/toy-convnet", torch.device("cpu"))
     view = relabel.render(content["images"], relabel.draw_views(0, 2, 12, 32, 0.08), torch.arange(12))
     logits = network(squeeze.normalise(view, teacher["mean"], teacher["std"]))
     assert np.allclose(labels[2], logits.numpy(), atol=2e-2, rtol=2e-3)
@@ -213,7 +213,7 @@ def test_confident_images_are_the_teachers_surest(here):
     recover.main(["--iterations", "0", "--init", "confident", "--ipc", "3"])
     content = torch.load("runs/toy-convnet/confident-ipc3/images.pt", weights_only=True)
     images, labels = squeeze.toy(1000, 4, 0)
-    network, teacher, _ = squeeze.load_teacher("runs/toy-convnet", torch.device("cpu"))
+    network, teacher, _ = recover.load_teacher("runs/toy-convnet", torch.device("cpu"))
     with torch.no_grad():
         chance = torch.cat([network(squeeze.normalise(part, teacher["mean"], teacher["std"])).double().softmax(1)
                             for part in images.split(50)])
@@ -306,15 +306,15 @@ def test_uncentred_moments_are_h_transposed_h():
 def test_view_statistics_are_those_of_the_views(here):
     """The statistics over random views of the saved images as one set (--emu paper: the mean of the views' ones), layer
     by layer, against a loop over single views."""
-    network, teacher, _ = squeeze.load_teacher("runs/toy-convnet", torch.device("cpu"))
+    network, teacher, _ = recover.load_teacher("runs/toy-convnet", torch.device("cpu"))
     images = squeeze.toy(1, 4, 0)[0]
     rng = np.random.default_rng(5)
-    boxes = squeeze.crop_boxes(rng.random((12, 4)), (0.08, 1)).view(3, 4, 4)
+    boxes = recover.crop_boxes(rng.random((12, 4)), (0.08, 1)).view(3, 4, 4)
     flips, rolls = torch.from_numpy(rng.random((3, 4)) < 0.5), rng.integers(0, 5, (3, 2)).tolist()
     x, seen = squeeze.normalise(images, teacher["mean"], teacher["std"]), []
     for t in range(3):
         with spectral.collect_inputs(network) as features, torch.no_grad():
-            network(torch.roll(squeeze.resample(x, squeeze.crop_grid(boxes[t], flips[t], 32)), rolls[t], (2, 3)))
+            network(torch.roll(recover.resample(x, recover.crop_grid(boxes[t], flips[t], 32)), rolls[t], (2, 3)))
         seen.append({name: value.clone() for name, value in features.items()})
     for emu in ("pool", "paper"):
         job = Namespace(teacher=teacher, smallest=recover.CFM["smallest"], step=1 if emu == "paper" else None)

@@ -152,7 +152,7 @@ def test_artefacts_cut_at_every_tenth(here):
     relabel.main([str(run), "--epochs", "2"])
     uses = {run / "images.pt": lambda flags: relabel.load_run(run),
             run / "labels" / "soft_labels.npy": lambda flags: evaluation.main([str(run), "--seeds", "1"]),
-            Path("runs/toy-convnet/teacher.pt"): lambda flags: squeeze.load_teacher("runs/toy-convnet", "cpu"),
+            Path("runs/toy-convnet/teacher.pt"): lambda flags: recover.load_teacher("runs/toy-convnet", "cpu"),
             run / "config.json": lambda flags: relabel.load_run(run),
             run / "labels" / "config.json": lambda flags: evaluation.main([str(run), "--seeds", "1"])}
     for path, use in uses.items():
@@ -306,12 +306,12 @@ NAMES = ["../../x", "/etc/passwd", "..", ".", "a/b", "a\\b", "con", "COM1.txt", 
 
 
 def test_class_names_survive_the_way_out_and_back(tmp_path, monkeypatch):
-    folders = squeeze.folder_names(NAMES)
+    folders = relabel.folder_names(NAMES)
     assert len({name.lower() for name in folders}) == len(NAMES)           # also where case does not count
     for name in folders:
         assert name.isascii() and not set(name) & set('/\\:*?"<>|\t\n') and name not in ("", ".", "..")
         assert name == name.strip(" .") and not name.lower().startswith(("con", "com1"))
-    assert squeeze.folder_names(["layout0-rows", "n01440764", "sea lion"]) == ["layout0-rows", "n01440764", "sea lion"]
+    assert relabel.folder_names(["layout0-rows", "n01440764", "sea lion"]) == ["layout0-rows", "n01440764", "sea lion"]
     monkeypatch.chdir(tmp_path)
     few = lambda root, classes: (*(squeeze.Split(*squeeze.toy(4, len(NAMES), seed)) for seed in (0, 1)), NAMES)
     monkeypatch.setitem(squeeze.LOADERS, "toy", few)
@@ -324,7 +324,7 @@ def test_class_names_survive_the_way_out_and_back(tmp_path, monkeypatch):
     relabel.main([str(teacher), "--images", "back", "--epochs", "1"])
     contents = [torch.load(teacher / run / "images.pt", weights_only=True) for run in ("real-ipc2", "back")]
     assert torch.equal(contents[0]["images"], contents[1]["images"]) and contents[1]["classes"] == NAMES
-    first = sorted(squeeze.folder_names(NAMES))[-1]        # uneven classes keep positions whatever the folders' order
+    first = sorted(relabel.folder_names(NAMES))[-1]        # uneven classes keep positions whatever the folders' order
     shutil.copy(next((Path("back") / first).iterdir()), Path("back") / first / "00002.png")
     shutil.rmtree(teacher / "back")
     relabel.main([str(teacher), "--images", "back", "--epochs", "1"])
@@ -368,7 +368,7 @@ def test_dull_data_stays_finite(tmp_path, monkeypatch):
 def test_relabel_does_not_depend_on_the_batch(here):
     """Views are bitwise the same; logits of a convolution part by its blocking, less than float16 of the labels sees."""
     images = squeeze.toy(10, 4, 0)[0]
-    network, teacher, _ = squeeze.load_teacher("runs/toy-convnet", torch.device("cpu"))
+    network, teacher, _ = recover.load_teacher("runs/toy-convnet", torch.device("cpu"))
     views = relabel.draw_views(0, 0, 40, 32, 0.08)
     logits = [relabel.soft_labels(network, teacher, images, views, batch) for batch in (1, 7, 40)]
     for other in logits[1:]:
@@ -435,7 +435,7 @@ def test_out_of_memory_is_not_a_broken_teacher(here, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr(torch.nn.Sequential, "to", lambda self, *args, **more: self if "memory_format" in more else full(self))
     with pytest.raises(torch.OutOfMemoryError):
-        squeeze.load_teacher("runs/toy-convnet", torch.device("cpu"))
+        recover.load_teacher("runs/toy-convnet", torch.device("cpu"))
 
 
 def test_a_setting_of_an_older_version_is_not_overlooked(tmp_path):
