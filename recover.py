@@ -133,7 +133,7 @@ def make_batch(job, args, images, classes, memory, rng):
     x = squeeze.normalise(images, teacher["mean"], teacher["std"])
     network, view = job.network_for(job.network, x, classes), random_views(rng, T, x, job.smallest)
     black, white = -mean / std, (1 - mean) / std
-    optimizer = torch.optim.Adam([x.requires_grad_()], args.lr, betas=(0.5, 0.9))
+    optimizer = torch.optim.Adam([x.requires_grad_()], args.lr, betas=(0.5, 0.9), fused=True)
     Y = F.one_hot(classes, len(teacher["classes"])) if args.signal == "class" else None
     with spectral.collect_inputs(network, job.select, spectral.moments, Y) as layers:
         for t in range(T):
