@@ -26,7 +26,7 @@ import spectral
 import squeeze
 from squeeze import BadInput, Namespace, number
 
-# ---- What this stage and the later ones need of a teacher, and views of images ---------------------------------------
+# ---- What the stages after squeeze share: a finished teacher, and views of images ------------------------------------
 def load_teacher(folder, device):
     """A finished squeeze run: (folded network, teacher.pt's dict, config)."""
     config = squeeze.read_config(folder, "squeeze")
@@ -130,10 +130,10 @@ def make_batch(job, args, images, classes, memory, rng):
     see spectral.merge. job.report(t, cross-entropy, matching loss, mean pixel) is called each 100 steps, and last."""
     teacher, T = job.teacher, args.iterations
     mean, std = (squeeze.constant(tuple(teacher[v]), images.device) for v in ("mean", "std"))
-    x = squeeze.normalise(images, teacher["mean"], teacher["std"])
+    x = squeeze.normalise(images, teacher["mean"], teacher["std"]).contiguous()    # as grid_sample's gradient will be
     network, view = job.network_for(job.network, x, classes), random_views(rng, T, x, job.smallest)
     black, white = -mean / std, (1 - mean) / std
-    optimizer = torch.optim.Adam([x.requires_grad_()], args.lr, betas=(0.5, 0.9), fused=True)
+    optimizer = torch.optim.Adam([x.requires_grad_()], args.lr, betas=(0.5, 0.9))
     Y = F.one_hot(classes, len(teacher["classes"])) if args.signal == "class" else None
     with spectral.collect_inputs(network, job.select, spectral.moments, Y) as layers:
         for t in range(T):

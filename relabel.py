@@ -124,8 +124,8 @@ def load_run(run):
     raise BadInput(f"{run}/images.pt: not uint8 images [N, 3, {size}, {size}], labels, classes, mean, std: mend it")
 
 def folder_names(classes):
-    """What an export calls the folders of classes: their names, quoted as in a URL, or %XX for every byte where one
-    could lead out of the export, is reserved by Windows, or differs from another in upper case only."""
+    """What eval.py --export calls the folders of classes: their names, quoted as in a URL, or %XX for every byte where
+    one could lead out of the export, is reserved by Windows, or differs from another in upper case only."""
     plain = re.compile(r"(?!(con|prn|aux|nul|com\d|lpt\d)(\.|$))[\w%-]([\w .%-]*[\w%-])?", re.ASCII | re.IGNORECASE)
     names, lower = [name.encode("utf8", "surrogatepass") for name in classes], [name.lower() for name in classes]
     return [quote(name, safe=" ") if plain.fullmatch(quote(name, safe=" ")) and lower.count(key) == 1 else

@@ -39,7 +39,7 @@ LAYOUTS = {"plain": (2,), "map": (3, 4, 5), "tokens": (3, 4, 5)}       # and how
 # Statistics and filters never use half precision, whatever autocast is around.
 single = lambda x: x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 full_precision = lambda x: torch.autocast(x.device.type, enabled=False)
-blocks = lambda X: map(single, X.split(max(4096, 2**17 // X.shape[1], len(X) // 16)))  # rows: no second X in memory
+blocks = lambda X: map(single, X.split(max(4096, 2**17 // X.shape[1], len(X) // 16)))  # no second X in memory
 
 # ---- Features, the inputs of a frozen network's modules, and their FFC and FLC (Eq. 15-16) ---------------------------
 def is_main_convolution(name: str, module: nn.Module) -> bool:
@@ -117,8 +117,8 @@ class Statistics(NamedTuple):
 
 class _Covariance(torch.autograd.Function):
     """X [n, C] -> covariance [C, C], mean [C], in float32 or better, of centred rows, or a mean of many deviations
-    would cancel digits. Written out, dL/dX = X A + 1 (g / n - A m)^T, A = (G + G^T)/n is one product with the X that is
-    there; autograd would keep a centred float32 copy and multiply it twice. Only the gradient is rounded to X's dtype:
+    would cancel digits; many rows go by blocks, joined by `merge` in float64. dL/dX = X A + 1 (g / n - A m)^T, A = (G +
+    G^T)/n, is one product with X; autograd would keep a centred float32 copy. Only the gradient is rounded to X's dtype:
     at small alpha A has entries of order 1/alpha^2 where X hardly lies; they cancel in X A, not in a rounded A."""
     generate_vmap_rule = True
 
@@ -202,7 +202,7 @@ def real_statistics(network: nn.Module, batches: Iterable, K: int, select: Calla
     return layers
 
 # ---- Filters f(FFC) = U f(Lambda) U^T: functions of the eigenvalues. Where it can be had without them, f has that
-# shortcut as f.matrix. identity: f = 1, all-pass (DM); low_pass: f = lambda (SRe2L, DC, CovM).
+# shortcut as f.matrix, of the symmetric part. identity: f = 1, all-pass (DM); low_pass: f = lambda (SRe2L, DC, CovM).
 identity, low_pass = (lambda lam: torch.ones_like(lam)), (lambda lam: lam)
 identity.matrix = lambda psi: torch.eye(psi.shape[-1], dtype=psi.dtype, device=psi.device).expand_as(psi)
 low_pass.matrix = lambda psi: (psi + psi.mT) / 2
@@ -271,13 +271,14 @@ class _SpectralFilter(torch.autograd.Function):
             return U @ (Gamma * (U.mT @ G @ U)) @ U.mT, None
 
 class _Ridge(torch.autograd.Function):
-    """F = (Psi + alpha I)^-1, of Psi's symmetric part, by Cholesky; dF = -F dPsi F, so the backward is two products."""
+    """F = (Psi + alpha I)^-1, of Psi's symmetric part, by Cholesky; dF = -F dPsi F: the backward is two products. _ex
+    neither waits for the GPU nor raises: a factorisation that fails is NaN, and the loss shows it."""
     generate_vmap_rule = True
 
     @staticmethod
     def forward(psi, alpha):
         factor, info = torch.linalg.cholesky_ex((psi + psi.mT) / 2 + alpha * identity.matrix(psi))
-        factor.masked_fill_((info != 0)[..., None, None], math.nan)            # it neither waits for the GPU nor raises
+        factor.masked_fill_((info != 0)[..., None, None], math.nan)
         return torch.cholesky_inverse(factor)
 
     @staticmethod
@@ -367,9 +368,9 @@ def matching(real: dict, pairs: list | Callable, signal: str = "mean", centred: 
             with full_precision(wanted[0]):
                 found = filtered([joined[name] for name in names], chosen, signal, centred, 1)[1]
                 for (g, *_), a, b in zip(chosen, wanted, found):
-                    apart = a.to(b.dtype) - b
+                    gap = a.to(b.dtype) - b
                     if g == "x" and signal == "class":
-                        apart = apart * (torch.stack([layers[name].share for name in names]).unsqueeze(-2) > 0)
-                    total = total + torch.linalg.vector_norm(apart, dim=(-2, -1)).sum()
+                        gap = gap * (torch.stack([layers[name].share for name in names]).unsqueeze(-2) > 0)
+                    total = total + torch.linalg.vector_norm(gap, dim=(-2, -1)).sum()
         return total
     return loss

@@ -105,7 +105,7 @@ def keep_freed_memory():
 def pick_device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-# ---- Data sets and views ---------------------------------------------------------------------------------------------
+# ---- Data sets, and batches of them ----------------------------------------------------------------------------------
 class Split(NamedTuple):
     images: object          # uint8 [n, 3, S, S] in memory, or a list of n file names that are read when needed
     labels: torch.Tensor    # int64 [n]
@@ -230,22 +230,23 @@ def load_data(name, root, size=None, classes=None, validate=None):
     return Data(names, size or PRESETS[name]["size"], train, test, digest)
 
 def read(split, transform, seed, index):
-    """Image files, decoded to RGB. Random transforms are drawn from seed + position, for any number of workers."""
+    """Images by position, files decoded to RGB. A random transform is drawn from seed + position, in any worker."""
     images = []
     for i in index:
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed + i)
-                images.append(transform(default_loader(split.images[i])))
+                image = split.images[i]
+                images.append(transform(image if torch.is_tensor(image) else default_loader(image)))
         except Exception:                                  # PIL has many
             raise BadInput(f"{split.images[i]}: not a readable image: mend or remove it") from None
     return torch.stack(images), split.labels[index]
 
-def stream(split, transform, batch, seed=0):
-    """Batches of a split of files, in order: uint8 [B, 3, S, S], int64 [B]."""
-    n, collate = len(split.labels), functools.partial(read, split, transform, seed)
-    workers = min(8, os.cpu_count()) if n > 1000 else 0
-    return torch.utils.data.DataLoader(range(n), batch, collate_fn=collate, num_workers=workers)
+def stream(split, transform, batch, order=None, seed=0):
+    """Batches of a split under a transform, in order: uint8 [B, 3, S, S], int64 [B]."""
+    order, collate = order or range(len(split.labels)), functools.partial(read, split, transform, seed)
+    workers = min(8, os.cpu_count()) if len(order) > 1000 else 0
+    return torch.utils.data.DataLoader(order, batch, collate_fn=collate, num_workers=workers)
 
 def normalise(images, mean, std):
     """uint8 [B, 3, S, S] -> float32, zero mean and unit deviation, channels last (several times faster on CPUs)."""
@@ -265,20 +266,20 @@ def batches(data, split, batch):
     return stream(split, T.Compose([T.Resize(side), T.CenterCrop(data.size), T.PILToTensor()]), batch)
 
 def in_memory(data, split, device):
-    """The split as one uint8 tensor on the device, if it is small pictures, under the evaluation transform."""
+    """The split as one uint8 tensor on the device, if it is small pictures; larger ones stay files, to be cropped."""
     small = torch.is_tensor(split.images) or data.size <= 64
     return Split(torch.cat([x for x, _ in batches(data, split, 500)]).to(device), split.labels) if small else split
 
 def training_batches(data, batch, augment, rng):
     """One epoch of the training set, shuffled and augmented: yields uint8 [B, 3, S, S], int64 [B]. augment: "crop", S
-    pixels out of S + 8, of images in memory, or "resized", torchvision's RandomResizedCrop, of files; both flip."""
+    pixels out of S + 8 (of images in memory), or "resized", torchvision's RandomResizedCrop; both with flips."""
     images, labels = data.train
-    order = torch.from_numpy(rng.permutation(len(labels)))
-    if augment == "resized":
-        view = T.Compose([T.RandomResizedCrop(data.size), T.RandomHorizontalFlip(), T.PILToTensor()])
-        return (yield from stream(select(data.train, order), view, batch, int(rng.integers(2**31))))
-    windows = F.pad(images, (4, 4, 4, 4)).unfold(2, data.size, 1).unfold(3, data.size, 1)      # [n, 3, 9, 9, S, S]: a
-    for index in order.split(batch):                       # view of the padded images
+    order, files = torch.from_numpy(rng.permutation(len(labels))), not torch.is_tensor(images)
+    if augment == "resized" or files:
+        view = [T.RandomResizedCrop(data.size), T.RandomHorizontalFlip(), *[T.PILToTensor()] * files]
+        return (yield from stream(data.train, T.Compose(view), batch, order.tolist(), int(rng.integers(2**31))))
+    windows = F.pad(images, (4, 4, 4, 4)).unfold(2, data.size, 1).unfold(3, data.size, 1)  # a view [n, 3, 9, 9, S, S]
+    for index in order.split(batch):
         top, left, flip = (torch.from_numpy(rng.integers(0, high, len(index))) for high in (9, 9, 2))
         crops, flip = windows[index, :, top, left], flip.bool().to(images.device)
         yield torch.where(flip[:, None, None, None], crops.flip(3), crops), labels[index]
@@ -398,7 +399,6 @@ def checked(folder, name, config):
     return path
 
 LOCKS = {}                                                 # inode: the handle, and so the lock, while the process lasts
-
 def lock(folder):
     """Refuse a folder that another process writes to. Windows and some network disks have no such locks: nothing."""
     with contextlib.suppress(OSError, ImportError):
@@ -580,8 +580,8 @@ def main(argv):
     inputs = {"data": data.sha256, **({"teacher": sha256(args.teacher)} if args.teacher else {})}
     config = open_run(folder, "squeeze", {**settings(args), "data": os.path.realpath(args.data)}, inputs, args.resume)
     if not config["artefacts"]:
-        data = data._replace(test=in_memory(data, data.test, device), train=data.train if args.augment == "resized"
-                             else in_memory(data, data.train, device))
+        where = device if args.augment == "crop" else torch.device("cpu")      # where torchvision's workers can crop
+        data = data._replace(train=in_memory(data, data.train, where), test=in_memory(data, data.test, device))
         network.to(device)
         if not given:
             train(network, data, teacher, args, folder)

@@ -20,7 +20,6 @@ say, that each measurement names where it comes from, and that its commands are 
 """
 import argparse
 import json
-import math
 import platform
 import re
 import statistics

@@ -13,7 +13,7 @@ import eval as evaluation
 import recover
 import relabel
 import squeeze
-from squeeze import BadInput
+
 from conftest import one_line
 
 

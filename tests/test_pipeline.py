@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 
 import baselines
 import eval as evaluation
@@ -324,6 +323,34 @@ def test_view_statistics_are_those_of_the_views(here):
             wanted = spectral.moments(torch.cat([part[name] for part in seen])).ffc if emu == "pool" else \
                 sum(spectral.moments(part[name]).ffc for part in seen) / 3
             assert torch.allclose(found[name].ffc, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_a_batch_is_plain_adam_on_equation_20(here):
+    """make_batch against the loop written out, with other memory layouts: strides that do not agree would hand a pixel
+    another one's gradient."""
+    network, teacher, config = recover.load_teacher("runs/toy-convnet", torch.device("cpu"))
+    found = squeeze.load_state(squeeze.checked("runs/toy-convnet", "statistics.pt", config))
+    real = {name: spectral.Statistics(**layer) for name, layer in found["layers"].items() if name != found["head"]}
+    images, classes = squeeze.toy(1, 4, 0)
+    args = Namespace(iterations=8, lr=0.1, gamma=0.1, signal="mean", emu="off")
+    loss = spectral.matching(real, spectral.cfm_pairs(0.1))
+    job = Namespace(**recover.CFM, network=network, teacher=teacher, select=spectral.is_main_convolution, step=None,
+                    loss=loss, report=lambda *found: None)
+    made, _ = recover.make_batch(job, args, images, classes, {}, np.random.default_rng(0))
+    mean, std = (torch.tensor(teacher[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    x = ((images / 255 - mean) / std).contiguous().requires_grad_()
+    view = recover.random_views(np.random.default_rng(0), 8, x, recover.CFM["smallest"])
+    optimizer = torch.optim.Adam([x], betas=(0.5, 0.9), foreach=False)
+    for t in range(8):
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 + np.cos(np.pi * t / 8))
+        with spectral.collect_inputs(network, transform=spectral.moments) as layers:
+            total = F.cross_entropy(squeeze.forward(network, view(x, t)), classes) + 0.1 * loss(layers)
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        x.data = torch.minimum(torch.maximum(x.data, -mean / std), (1 - mean) / std)
+    wanted = ((x.detach() * std + mean) * 255).round()
+    assert (made - images.float()).abs().mean() > 5 and (made - wanted).abs().max() <= 1
 
 
 def test_same_seed_same_bytes_and_a_killed_run_resumes_to_them(here):

@@ -230,6 +230,13 @@ def test_filter_gradients(name, psi):
         assert torch.autograd.gradgradcheck(lambda A: sp.spectral_filter(A, f), A)
 
 
+@pytest.mark.parametrize("name", FILTERS)
+def test_only_the_symmetric_part_counts(name):
+    A = random_psi(5) + 0.1 * torch.triu(torch.rand(5, 5, **f64), 1)
+    for f in (FILTERS[name][0], lambda lam: FILTERS[name][0](lam)):            # its shortcut, and eigh's way
+        assert torch.allclose(sp.spectral_filter(A, f), sp.spectral_filter((A + A.mT) / 2, f), atol=1e-12)
+
+
 def test_filter_gradients_with_a_number_a_layer():
     """A stack of layers, each with its own rate, as MTT has it."""
     stack = torch.stack([random_psi(4), torch.eye(4, **f64), random_psi(4, 2)]).requires_grad_()
