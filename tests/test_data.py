@@ -13,7 +13,6 @@ import eval as evaluation
 import recover
 import relabel
 import squeeze
-
 from conftest import one_line
 
 
