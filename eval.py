@@ -288,7 +288,7 @@ def parse(argv):
     add("--epochs", type=number(int, 1), help="passes over the images (default: relabel.py's)")
     add("--lr", type=number(float, 0, strict=True), default=1e-3, help="rate of AdamW (default 1e-3)")
     add("--wd", type=number(float, 0), default=1e-2, help="weight decay (default 1e-2)")
-    add("--batch", type=number(int, 2), help="images a step (toy 25; CIFAR-10 50 up to IPC 10; else 100 or 200)")
+    add("--batch", type=number(int, 2), help="images a step (toy 25; CIFAR-10 10 up to IPC 10; else 100 or 200)")
     add("--temperature", type=number(float, 0, strict=True), default=20.0, help="of the soft labels (default 20)")
     add("--schedule", choices=["stretched", "cosine"], default="stretched", help="cosine to half the rate, or to zero")
     add("--ema", type=number(float, 0, 1), default=0.99, help="averaging of the student, a step (default 0.99)")

@@ -47,7 +47,7 @@ PRESETS = {
     "toy": dict(mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25], size=32, network="convnet", ours=dict(emu="pool"),
                 squeeze=dict(SMALL, epochs=4, lr=0.05, batch=50), recover=dict(RECOVER, iterations=100, batch=10),
                 relabel=dict(epochs=60, scale=0.08), batch=(0, 25, 25)),
-    "cifar10": dict(CIFAR, mean=[0.4914, 0.4822, 0.4465], std=[0.2470, 0.2435, 0.2616], batch=(100, 50, 100),
+    "cifar10": dict(CIFAR, mean=[0.4914, 0.4822, 0.4465], std=[0.2470, 0.2435, 0.2616], batch=(100, 10, 100),
                     early=4, squeeze=dict(SMALL, epochs=200), recover=dict(RECOVER, lr=0.25, batch=10)),
     "cifar100": dict(CIFAR, mean=[0.5071, 0.4865, 0.4409], std=[0.2673, 0.2564, 0.2762], batch=(1000, 100, 200),
                      early=13, squeeze=SMALL, recover=dict(RECOVER, lr=0.25, batch=100)),
