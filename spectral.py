@@ -53,11 +53,9 @@ def collect_inputs(network: nn.Module, select: Callable = is_main_convolution, t
                    labels: Tensor | None = None, layout: str | None = None, outputs: bool = False):
     """Context: a dict {name: transform(input)} of the selected modules, filled anew by each call of network.
     select(name, module) -> bool. A module's input is its first argument; outputs: what it returns instead (the first of
-    several). transform: of the features, or `moments`, which is given labels and layout; without a layout the module's:
-    channels first for convolutions, last for linear and batch_first recurrent ones. The hooks see this thread's calls
-    only. ValueError if nothing is selected, or what runs twice, takes no tensor, or has no certain layout.
-    >>> network = nn.Sequential(nn.Conv2d(3, 8, 3))
-    >>> with collect_inputs(network) as features:
+    several). transform: of the features, or `moments`, which is given labels and layout (None: what layout_of says). The
+    hooks see this thread's calls only. ValueError if nothing is selected, or what runs twice or takes no tensor.
+    >>> with collect_inputs(network := nn.Sequential(nn.Conv2d(3, 8, 3))) as features:
     ...     logits = network(torch.rand(2, 3, 9, 9))
     >>> features["0"].shape
     torch.Size([2, 3, 9, 9])"""
@@ -91,6 +89,7 @@ def collect_inputs(network: nn.Module, select: Callable = is_main_convolution, t
         yield layers
 
 def layout_of(name, module, x):
+    """Channels first for convolutions, last for linear and batch_first recurrent modules; else a ValueError."""
     convolution = isinstance(module, nn.modules.conv._ConvNd) and x.ndim == len(module.kernel_size) + 2
     last = isinstance(module, nn.Linear) or isinstance(module, nn.RNNBase) and module.batch_first
     if x.ndim > 2 and not convolution and not last:
@@ -342,8 +341,7 @@ def matching(real: dict, pairs: list | Callable, signal: str = "mean", centred: 
     filters f(Psi), "diag" their diagonals, "x" signals f(Psi) Phi. signal: Phi is the mean [C, 1], or with "class"
     [C, K] the means over K of the classes in it, whatever their sizes. centred: Psi the covariance or H^T H / n.
     ValueError if real is not finite or lacks classes, layers lack labels or are not real's, or alpha is too small.
-    >>> X = torch.rand(20, 4)
-    >>> matching({"fc": moments(X)}, cfm_pairs(0.1))({"fc": moments(X)})
+    >>> matching({"fc": moments(X := torch.rand(20, 4))}, cfm_pairs(0.1))({"fc": moments(X)})
     tensor(0.)"""
     groups = {}
     for name, layer in real.items():
