@@ -53,7 +53,7 @@ def collect_inputs(network: nn.Module, select: Callable = is_main_convolution, t
                    labels: Tensor | None = None, layout: str | None = None, outputs: bool = False):
     """Context: a dict {name: transform(input)} of the selected modules, filled anew by each call of network.
     select(name, module) -> bool. A module's input is its first argument; outputs: what it returns instead (the first of
-    several). transform: of the features, or `moments`, which is given labels and layout (None: what layout_of says). The
+    several). transform: of the features, or `moments`, which is given labels and layout (None: by layout_of). The
     hooks see this thread's calls only. ValueError if nothing is selected, or what runs twice or takes no tensor.
     >>> with collect_inputs(network := nn.Sequential(nn.Conv2d(3, 8, 3))) as features:
     ...     logits = network(torch.rand(2, 3, 9, 9))
@@ -117,7 +117,7 @@ class Statistics(NamedTuple):
 class _Covariance(torch.autograd.Function):
     """X [n, C] -> covariance [C, C], mean [C], in float32 or better, of centred rows, or a mean of many deviations
     would cancel digits; many rows go by blocks, joined by `merge` in float64. dL/dX = X A + 1 (g / n - A m)^T, A = (G +
-    G^T)/n, is one product with X; autograd would keep a centred float32 copy. Only the gradient is rounded to X's dtype:
+    G^T)/n, is one product with X; autograd would keep a centred float32 copy. Only the gradient is rounded to X's type:
     at small alpha A has entries of order 1/alpha^2 where X hardly lies; they cancel in X A, not in a rounded A."""
     generate_vmap_rule = True
 
