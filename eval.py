@@ -130,7 +130,7 @@ def find_labels(job, args):
 def evaluate(job, network, args):
     """One row: all seeds of a student network on one run; result.json after each seed. Returns the row."""
     preset, N, path = squeeze.PRESETS[job.made["dataset"]], len(job.images), Path(job.run) / "result.json"
-    few, small, large = preset["batch"]                    # few images in small batches, as in the authors' code
+    few, small, large = preset["batch"]                    # few images in small batches
     usual = {"epochs": preset["relabel"]["epochs"], "batch": min(N, small if N <= few else large)}
     args = Namespace(**{**vars(args), "network": network, "epochs": args.epochs or job.views["epochs"],
                         "batch": min(N, args.batch or usual["batch"]),

@@ -139,7 +139,8 @@ class _Covariance(torch.autograd.Function):
         X, mean = ctx.saved_tensors
         with full_precision(G):
             A = (G + G.T) / len(X)
-            parts = [torch.addmm(g / len(X) - A @ mean, rows, A).to(X.dtype) for rows in blocks(X)]
+            row = g / len(X) - A @ mean
+            parts = [torch.addmm(row, rows, A).to(X.dtype) for rows in blocks(X)]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 def moments(features: Tensor, labels: Tensor | None = None, layout: str | None = None) -> Statistics:

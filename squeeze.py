@@ -34,8 +34,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, make_dat
 import spectral
 
 # One row a data set: what it is, then each stage's settings (paper, Tables 9-12, and the authors' code for views,
-# labels and students; toy is ours). `ours`: our defaults, measured on CIFAR only (README); `early`: epochs of its
-# teacher for one image a class; batch: (limit, small, large): students take `small` up to `limit` images, else `large`.
+# labels and students; ours: toy, CIFAR-10's batch of 10). `ours`: defaults, measured on CIFAR only; `early`: its
+# teacher's epochs at IPC 1; batch: (limit, small, large): students take `small` up to `limit` images, else `large`.
 RECOVER = dict(alpha_max=0.1, iterations=1000, lr=0.1, batch=200, gamma=0.1, init="real", emu="paper")
 SMALL = dict(epochs=100, lr=0.1, wd=5e-4, batch=128, schedule="cosine", augment="crop")
 LARGE = dict(epochs=90, lr=0.1, wd=1e-4, batch=256, schedule="cosine", augment="resized")
