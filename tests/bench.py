@@ -235,7 +235,8 @@ def recover_rows(cases, repetitions, steps):
         runs = {variant: prepared(case, variant) for variant in VARIANTS}
         for function, args in runs.values():
             function(*args, 1)
-        T = steps or max(2, min(20, int(3 / timed(runs["reference"][0], *runs["reference"][1], 1))))
+        # a hundred are a batch of recover.py on CIFAR: what it prepares once a batch is to weigh here as it does there
+        T = steps or max(2, min(100, int(10 / timed(runs["reference"][0], *runs["reference"][1], 1))))
         seconds = [{variant: timed(function, *args, T) / T for variant, (function, args) in runs.items()}
                    for _ in range(repetitions)]
         speedup = [s["reference"] / s["ours"] for s in seconds]
@@ -335,7 +336,7 @@ def main():
     parser.add_argument("--cases", nargs="*", choices=list(CASES),
                         default=[case for case in CASES if case != ("resnet18-224-8" if cuda else "resnet18-224-500")])
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--steps", type=int, help="steps a repetition (default: as many as fit in 3 s, 2 to 20)")
+    parser.add_argument("--steps", type=int, help="steps a repetition (default: as many as fit in 10 s, 2 to 100)")
     parser.add_argument("--growth", action="store_true", help="only recover's growth; writes growth.json")
     parser.add_argument("--parity", metavar="DIR", help="only the table of cosines, of this squeeze run")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], help="--parity: instead of the teacher's")
