@@ -4,11 +4,10 @@ loop; and rivals of today, which differ in their start, views or weights.
     python baselines.py --method mtt                                      toy images
     python baselines.py --method dm --dataset cifar10 --network convnet --ipc 10
 
-Every objective compares  f(FFC) g(FLC)  of the real and the synthetic set; METHODS says with which. The run folder is
-like recover.py's. These are the linear-head forms of the theory on one trained teacher, under CFM's recipe (start,
-cross-entropy, views). They leave out what the published methods add: DM and DC draw many random networks, MTT matches
-trajectories of a whole one, FrePo keeps a pool of them; CDA and DWA use their own rates and iterations. So no number
-made here is the published method's."""
+Every objective compares  f(FFC) g(FLC)  of the real and the synthetic set; METHODS says with which. These are the
+linear-head forms of the theory on one trained teacher, under CFM's recipe (start, cross-entropy, views). They leave out
+what the published methods add: DM and DC draw many random networks, MTT matches trajectories of a whole one, FrePo has
+a pool of them; CDA and DWA have their own rates and iterations. So no number made here is the published method's."""
 import copy
 import functools
 import math

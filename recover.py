@@ -7,13 +7,13 @@
 --preset paper takes the paper's settings (3 to 13 minutes there, and a teacher of 200 epochs); --iterations 0 leaves
 real images untouched, the honest rival. On one GPU: python recover.py --dataset tiny --ipc 100 --alpha-max 1.
 
-Images are made in batches, one image of every class (or of a chunk of the classes) at a time. All batches of round k
-share alpha_k, which falls from alpha_max toward 0: the first images of a class match the low frequencies of the
-teacher's features, the last ones the high. One batch: start from real images; at each iteration push a random view
-through the frozen teacher and step on  CE + gamma * sum over layers of (filter + signal loss)  (Eq. 19-20). Writes
-runs/<dataset>-<network>/<run>/ with images.pt, preview.png, config.json and log.jsonl."""
+Images are made in batches, one image of every class (or of a chunk of them) at a time. Round k has alpha_k, falling
+from alpha_max toward 0: the first images of a class match the low frequencies of the teacher's features, the last ones
+the high. One batch: start from real images; at each iteration push a random view through the frozen teacher and step on
+CE + gamma * sum over layers of (filter + signal loss), Eq. 19-20. Writes images.pt, preview.png, config.json, a log."""
 import math
 import time
+from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -127,7 +127,7 @@ def view_statistics(images, network, layers, rng, job, args):
 def make_batch(job, args, images, classes, memory, rng):
     """T Adam steps on images [B, 3, S, S] of `classes` [B], uint8 to uint8, against CE + gamma * job.loss(layers,
     memory, job.step) of a random view. Returns the images and EMU's memory {layer: Statistics} with them in it. step:
-    see spectral.merge. job.report(t, cross-entropy, matching loss, mean pixel) is called each 100 steps, and last."""
+    see merge. job.report(t, cross-entropy, matching loss, mean pixel, layers) is called each job.every steps, last."""
     teacher, T = job.teacher, args.iterations
     mean, std = (squeeze.constant(tuple(teacher[v]), images.device) for v in ("mean", "std"))
     x = squeeze.normalise(images, teacher["mean"], teacher["std"]).contiguous()    # as grid_sample's gradient will be
@@ -144,8 +144,8 @@ def make_batch(job, args, images, classes, memory, rng):
             optimizer.step()
             with torch.no_grad():
                 x.clamp_(black, white)
-            if (t + 1) % 100 == 0 or t + 1 == T:           # reading a number waits for the GPU
-                job.report(t + 1, entropy.item(), matching.item(), x.mean().item())
+            if (t + 1) % job.every == 0 or t + 1 == T:     # reading a number waits for the GPU
+                job.report(t + 1, entropy.item(), matching.item(), x.mean().item(), layers)
         images = ((x.detach() * std + mean) * 255).round().to(torch.uint8)     # a cast alone darkens by half a level
         if args.emu != "off":
             memory = spectral.merge(memory, view_statistics(images, network, layers, rng, job, args), job.step)
@@ -161,7 +161,7 @@ def initial_images(job, k, classes, rng):
 
 # What baselines may change of a job: the pairs of Theorem 1 in round k, the images to start from, the smallest crop at
 # some progress of a batch, as share of the area, and the network that a batch of normalised images x meets.
-CFM = dict(pairs_of=cfm_pairs, start=initial_images, smallest=lambda progress: 0.08,
+CFM = dict(every=100, pairs_of=cfm_pairs, start=initial_images, smallest=lambda progress: 0.08,
            network_for=lambda network, x, classes: network)
 
 def starting_images(data, ipc, confidence=None):
@@ -195,26 +195,32 @@ def distil(job, args):
         print(f"resuming after batch {done['b']}")
     memory = {name: spectral.Statistics(*parts).to(device) for name, parts in done["layers"].items()}
     loss, total, start = objective(job, args), args.ipc * len(chunks), time.time() - done["seconds"]
-    def report(b, k, t, entropy, matching, pixels):
+    def report(b, k, t, entropy, matching, pixels, layers):
         steps, seconds = b * args.iterations + t, time.time() - start
         left = (total * args.iterations - steps) * seconds / steps
         print(f"round {k + 1}/{args.ipc} batch {b + 1}/{total} iteration {t}/{args.iterations}  CE {entropy:.3f}  "
               f"matching {matching:.4g}  {steps / seconds:.1f} it/s  {left / 60:.1f} min left", flush=True)
         if not math.isfinite(entropy + matching + pixels):
+            if job.every > 1:
+                raise FloatingPointError
+            odd = [f" in layer {name}" for name, layer in layers.items() if not layer.uncentred.isfinite().all()]
             raise BadInput(f"{job.folder}: cross-entropy {entropy:.3g}, matching loss {matching:.3g}, mean pixel "
-                           f"{pixels:.3g}: not finite in batch {b + 1} by iteration {t}: lower --lr or raise "
-                           f"--alpha-max; --resume keeps the {b} batches before")
+                           f"{pixels:.3g}: not finite in batch {b + 1} at iteration {t}{''.join(odd[:1])}: lower --lr "
+                           f"or raise --alpha-max; --resume keeps the {b} batches before")
         if t == args.iterations:
             squeeze.log(job.folder, batch=b + 1, round=k, ce=entropy, matching=matching)
     for b in range(done["b"], total):
         k, classes = b // len(chunks), chunks[b % len(chunks)]
-        rng = np.random.default_rng([args.seed, b])        # depends on nothing before this batch
-        images = job.start(job, k, classes, rng).to(device)
-        if args.iterations:
-            # Eq. 17, or all feature vectors as one set; for H^T H / n of equal batches both are the same
-            job.step = b + 1 if args.emu == "paper" and args.centred else None
-            job.loss, job.report = partial(loss, k), partial(report, b, k)
-            images, memory = make_batch(job, args, images, classes.to(device), memory, rng)
+        # Eq. 17, or all feature vectors as one set; for H^T H / n of equal batches both are the same
+        job.step = b + 1 if args.emu == "paper" and args.centred else None
+        job.loss, job.report = partial(loss, k), partial(report, b, k)
+        for job.every in (100, 1):                         # what is not finite is made once more, step by step
+            rng = np.random.default_rng([args.seed, b])    # depends on nothing before this batch
+            images = job.start(job, k, classes, rng).to(device)
+            with suppress(FloatingPointError):
+                if args.iterations:
+                    images, memory = make_batch(job, args, images, classes.to(device), memory, rng)
+                break
         squeeze.save(job.folder / f"batch{b + 1}.pt", images.cpu())        # whoever finds the count finds the images
         layers = {name: tuple(layer) for name, layer in memory.items()}
         squeeze.save(path, dict(b=b + 1, layers=layers, seconds=time.time() - start))

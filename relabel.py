@@ -84,23 +84,25 @@ def check_labels(path, shape):
 
 def write(path, shape, label):
     """All epochs in order; label(epoch): the teacher's logits [N, K]. Each is appended and flushed to the disk, then
-    counted by a line of log.jsonl: a killed run goes on after those that are whole by the count and by the size."""
+    log.jsonl tells its hash: a killed run goes on after those that are whole."""
     part, log, size = path.with_name(path.name + ".tmp"), path.with_name("log.jsonl"), 2 * math.prod(shape[1:])
-    done = log.read_bytes().count(b"\n") if log.is_file() else 0
-    with squeeze.writing(part, "r+b" if part.exists() else "wb") as file:      # mapped, a full disk would be a crash
+    text, done = log.read_text(errors="replace") if log.is_file() else "", 0
+    sums = dict(re.findall(r'"epoch": (\d+), "sha256": "(\w+)"', text))
+    with squeeze.writing(part, "r+b" if part.exists() else "w+b") as file:     # mapped, a full disk would be a crash
         np.lib.format.write_array_header_1_0(file, dict(descr="<f2", fortran_order=False, shape=shape))
         header = file.tell()
-        done = min(done, (file.seek(0, 2) - header) // size)
+        while sums.get(str(done + 1)) == hashlib.sha256(file.read(size)).hexdigest():
+            done += 1
         file.truncate(header + done * size)
     start = printed = time.time()
     for epoch in range(done, shape[0]):
-        logits = label(epoch).half().cpu().numpy()
+        data = label(epoch).half().cpu().numpy().tobytes()
         with squeeze.writing(part, "ab") as file:
-            file.write(logits.tobytes())
-        squeeze.log(path.parent, epoch=epoch + 1, seconds=time.time() - start)
+            file.write(data)
+        squeeze.log(path.parent, epoch=epoch + 1, sha256=hashlib.sha256(data).hexdigest(), seconds=time.time() - start)
         if time.time() - printed > 10 or epoch + 1 == shape[0]:
             printed, rate = time.time(), (epoch + 1 - done) / (time.time() - start)
-            print(f"epoch {epoch + 1}/{shape[0]}  {rate * len(logits):.0f} images/s  "
+            print(f"epoch {epoch + 1}/{shape[0]}  {rate * shape[1]:.0f} images/s  "
                   f"{(shape[0] - epoch - 1) / rate / 60:.1f} min left", flush=True)
     part.replace(path)
 

@@ -68,7 +68,8 @@ def test_cifar10_reads_repickled_files_and_names_broken_ones(tmp_path, monkeypat
     (folder / "data_batch_3").write_bytes(whole[:100000])
     with pytest.raises(BadInput, match="data_batch_3: truncated, damaged or hostile .*: remove it"):
         squeeze.load_data("cifar10", str(tmp_path))
-    for wrong in ({"data": first["data"][:99]}, {"data": first["data"].astype(int)}, {"labels": [10] * 10000}):
+    some = {"data": first["data"][:99], "labels": first["labels"][:99]}        # a file of its own, but not CIFAR's
+    for wrong in (some, {"data": first["data"][:99]}, {"data": first["data"].astype(int)}, {"labels": [10] * 10000}):
         (folder / "data_batch_3").write_bytes(pickle.dumps({**first, **wrong}))
         with pytest.raises(BadInput, match="data_batch_3: truncated, damaged or hostile"):
             squeeze.load_data("cifar10", str(tmp_path))

@@ -191,6 +191,22 @@ def test_labels_of_a_killed_run_are_taken_as_far_as_they_are_whole(here, monkeyp
         assert not (folder / "soft_labels.npy.tmp").exists()
 
 
+def test_a_byte_that_flipped_in_unfinished_labels_costs_the_epochs_from_there(here, monkeypatch):
+    recover.main(["--iterations", "0", "--ipc", "2"])
+    run = Path("runs/toy-convnet/real-ipc2")
+    relabel.main([str(run), "--epochs", "6"])
+    folder, path = run / "labels", run / "labels" / "soft_labels.npy"
+    whole, draw, seen = path.read_bytes(), relabel.draw_views, []
+    squeeze.save(folder / "config.json", {**squeeze.read_json(folder / "config.json"), "artefacts": {}, "results": {}})
+    path.unlink()
+    broken = bytearray(whole[:128 + 5 * 64])
+    broken[128 + 3 * 64 + 7] ^= 4
+    (folder / "soft_labels.npy.tmp").write_bytes(broken)
+    monkeypatch.setattr(relabel, "draw_views", lambda seed, epoch, *rest: seen.append(epoch) or draw(seed, epoch, *rest))
+    relabel.main([str(run), "--epochs", "6", "--resume"])
+    assert seen == [3, 4, 5] and path.read_bytes() == whole
+
+
 def test_a_log_line_cut_off_is_not_counted_twice(here, monkeypatch):
     """The line after it continues it: together they are one, as they are one epoch."""
     recover.main(["--iterations", "0", "--ipc", "2"])
@@ -410,8 +426,9 @@ def test_precisions_do_not_mix(here):
     one_line(evaluation.main, [run, "--seeds", "1", "--resume"], "result.json", "other labels, images or settings")
 
 
-@pytest.mark.parametrize("where, words", [("pixels", "mean pixel nan: not finite in batch 2 by iteration 3:"),
-                                          ("layer", "matching loss nan")])
+@pytest.mark.parametrize("where, words", [
+    ("pixels", "mean pixel nan: not finite in batch 2 at iteration 1:"),
+    ("layer", "not finite in batch 2 at iteration 1 in layer 1.0:")])
 def test_what_turns_non_finite_is_named_and_the_last_good_batch_kept(here, monkeypatch, where, words):
     make, normalise = recover.make_batch, torch.Tensor.clamp_
 
