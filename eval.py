@@ -95,8 +95,7 @@ def train_student(job, args, checkpoint):
 
 # ---- One row of the table: all seeds of one student network on one run -----------------------------------------------
 def load_job(run, args):
-    """What evaluate needs of a run, checked, and its test set, in memory if it is small. --validate: held-out training
-    images, which the teacher must not have seen."""
+    """What evaluate needs of a run, checked, with its test set; with --validate, images that the teacher never saw."""
     content, config, parent = relabel.load_run(run)
     labeller, stored, inputs = relabel.labeller(run, config, args.teacher)
     squeeze.lock(run)
@@ -114,7 +113,8 @@ def find_labels(job, args):
     """Settings, hash and bytes of the labels a run's students learn from: those relabel.py stored, made if missing and
     checked, or with --online and --hard, which need none, the preset's."""
     if args.online or args.hard:
-        made = squeeze.fill(Namespace(epochs=args.epochs, seed=0), squeeze.PRESETS[job.made["dataset"]]["relabel"])
+        usual = relabel.recipe(job.made["dataset"], len(job.content["images"]))
+        made = squeeze.fill(Namespace(epochs=args.epochs, seed=0), usual)
         return {**vars(made), "keep_epochs": made.epochs}, job.inputs["teacher.pt"] if args.online else "", 0
     flags = [f"--{flag}={getattr(args, flag)}" for flag in ("epochs", "teacher") if getattr(args, flag)]
     recover.ensure(job.stored, "relabel", [job.run, *flags], relabel.main, args.resume)
@@ -129,11 +129,9 @@ def find_labels(job, args):
 
 def evaluate(job, network, args):
     """One row: all seeds of a student network on one run; result.json after each seed. Returns the row."""
-    preset, N, path = squeeze.PRESETS[job.made["dataset"]], len(job.images), Path(job.run) / "result.json"
-    few, small, large = preset["batch"]                    # few images in small batches
-    usual = {"epochs": preset["relabel"]["epochs"], "batch": min(N, small if N <= few else large)}
+    usual, path = relabel.recipe(job.made["dataset"], len(job.images)), Path(job.run) / "result.json"
     args = Namespace(**{**vars(args), "network": network, "epochs": args.epochs or job.views["epochs"],
-                        "batch": min(N, args.batch or usual["batch"]),
+                        "batch": min(len(job.images), args.batch or usual["batch"]),
                         "teacher": args.teacher and job.labeller.resolve().name})      # its hash is in the labels' one
     chosen = squeeze.settings(args, ("runs", "report", "export", "data", "seeds"))
     name = "-".join([network, *squeeze.changed(chosen, {**vars(parse([job.run])), **usual}, ("network",))])

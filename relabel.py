@@ -1,5 +1,4 @@
-"""Stage 3, relabel: store the teacher's soft label for a random view of every image, for every
-epoch of the students (FKD, as SRe2L has it).
+"""Stage 3, relabel: store the teacher's soft labels for random views of all images, epoch by epoch.
 
     python relabel.py runs/toy-convnet/cfm-ipc10                  seconds
     python relabel.py runs/toy-convnet/cfm-ipc10 --teacher DIR    another teacher's labels
@@ -107,6 +106,14 @@ def write(path, shape, label):
     part.replace(path)
 
 # ---- The stage -------------------------------------------------------------------------------------------------------
+def recipe(dataset, N):
+    """What students of N images get where no flag says otherwise: {"epochs", "batch", "scale"}. Few images are shown
+    more often, in small batches: it is steps that their students lack."""
+    preset = squeeze.PRESETS[dataset]
+    few, small, large = preset["batch"]
+    epochs = max(preset["relabel"]["epochs"], preset.get("views", 0) // N)
+    return {**preset["relabel"], "epochs": epochs, "batch": min(N, small if N <= few else large)}
+
 def load_run(run):
     """A finished recover run, checked to be of the teacher beside it: (images.pt's dict, config, teacher's folder)."""
     config, parent = squeeze.read_config(run, "recover"), Path(run).resolve().parent
@@ -168,7 +175,7 @@ def parse(argv):
     add("--images", metavar="DIR", help="take these images, DIR/<class>/*, instead of a run's")
     add("--teacher", metavar="DIR", help="the squeeze run that labels (default: the one whose spectra were matched)")
     add = parser.add_argument_group("how").add_argument
-    add("--epochs", type=number(int, 1), help="epochs of students to make labels for (CIFAR 1000, toy 60, else 300)")
+    add("--epochs", type=number(int, 1), help="of students (CIFAR 1000, or 100,000 views; toy 60; else 300)")
     add("--scale", type=number(float, 0, 1, strict=True), help="smallest crop, share of area (CIFAR, toy 0.08; 0.5)")
     add("--keep-epochs", type=number(int, 1), metavar="E", help="store E epochs, students cycle through them")
     add("--batch", type=number(int, 1), default=500, help="images a forward pass (default 500)")
@@ -178,13 +185,13 @@ def parse(argv):
 def main(argv):
     args, device = parse(argv), squeeze.pick_device()
     made = squeeze.read_config(args.run, "squeeze" if args.images else "recover")["settings"]
-    squeeze.fill(args, squeeze.PRESETS[made["dataset"]]["relabel"])
+    run = import_images(Path(args.run), Path(args.images), args.resume) if args.images else args.run
+    content, config, _ = load_run(run)
+    squeeze.fill(args, recipe(made["dataset"], len(content["images"])))
     squeeze.fill(args, {"keep_epochs": args.epochs})
     if args.keep_epochs > args.epochs:
         raise BadInput(f"--keep-epochs {args.keep_epochs} found, must be at most --epochs {args.epochs}")
     squeeze.show(args)
-    run = import_images(Path(args.run), Path(args.images), args.resume) if args.images else args.run
-    content, config, _ = load_run(run)
     parent, folder, inputs = labeller(run, config, args.teacher)
     shape = args.keep_epochs, len(content["images"]), len(content["classes"])
     size, path = 2 * math.prod(shape), folder / "soft_labels.npy"

@@ -34,12 +34,12 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, make_dat
 import spectral
 
 # One row a data set: what it is, then each stage's settings (paper, Tables 9-12, and the authors' code for views,
-# labels and students; ours: toy, CIFAR-10's batch of 10). `ours`: defaults, measured on CIFAR only; `early`: its
-# teacher's epochs at IPC 1; batch: (limit, small, large): students take `small` up to `limit` images, else `large`.
+# labels, students; ours: toy, CIFAR-10's batch of 10, and views, the least that a student sees). `ours`: defaults,
+# measured on CIFAR only; `early`: its teacher's epochs / sqrt(IPC); batch: (limit, small up to it, large beyond).
 RECOVER = dict(alpha_max=0.1, iterations=1000, lr=0.1, batch=200, gamma=0.1, init="real", emu="paper")
 SMALL = dict(epochs=100, lr=0.1, wd=5e-4, batch=128, schedule="cosine", augment="crop")
 LARGE = dict(epochs=90, lr=0.1, wd=1e-4, batch=256, schedule="cosine", augment="resized")
-CIFAR = dict(size=32, network="resnet18", relabel=dict(epochs=1000, scale=0.08),
+CIFAR = dict(size=32, network="resnet18", relabel=dict(epochs=1000, scale=0.08), views=100_000,
              ours=dict(init="confident", iterations=100, lr=0.02, gamma=10.0, emu="pool"))
 FOLDER = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], size=224, network="resnet18", squeeze=LARGE,
               recover=RECOVER, ours=dict(emu="pool"), relabel=dict(epochs=300, scale=0.5), batch=(0, 100, 100))
@@ -367,13 +367,13 @@ def read_json(path):
             return content
     raise BadInput(f"{path}: damaged: remove {path.parent if path.stem == 'config' else 'it'} and make it again")
 
-def load_state(path):
+def load_state(path, remedy="remove it and make it again"):
     """The tensors and plain containers of a .pt, on the CPU. BadInput if it holds anything else, a byte is not as
     written (torch does not check the CRCs), or it would unpack to more than its own size."""
     with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:     # a broken pickle raises anything
         if sum(part.file_size for part in archive.infolist()) <= path.stat().st_size and not archive.testzip():
             return torch.load(path, weights_only=True, map_location="cpu")
-    raise BadInput(f"{path}: damaged, or holds more than tensors: remove it and make it again")
+    raise BadInput(f"{path}: missing, damaged, or more than tensors: {remedy}")
 
 def log(folder, **entry):
     with writing(folder / "log.jsonl", "a") as file:

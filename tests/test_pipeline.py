@@ -231,12 +231,19 @@ def test_presets():
         assert preset("--dataset", name, "--iterations", "0")["init"] == "real"
 
 
-def test_few_images_are_given_an_early_teacher():
+def test_few_images_are_shown_more_often_in_small_batches():
+    """epochs, batch; of CIFAR at least 100,000 views. A run's labels say its epochs, the table's row only what differs."""
+    found = {where: tuple(relabel.recipe(*where)[key] for key in ("epochs", "batch")) for where in (
+        ("cifar10", 10), ("cifar10", 90), ("cifar10", 100), ("cifar10", 500), ("cifar100", 100), ("toy", 10), ("tiny", 200))}
+    assert list(found.values()) == [(10000, 10), (1111, 10), (1000, 10), (1000, 100), (1000, 100), (60, 10), (300, 100)]
+
+
+def test_few_views_are_given_an_early_teacher():
     def folder(*flags):
         return str(recover.choose_teacher(recover.parse([*flags]))[0])
     cifar = ("--dataset", "cifar10", "--network", "convnet", "--ipc")
     assert [folder(*cifar, ipc) for ipc in ("1", "10", "50", "5000")] == [
-        "runs/cifar10-convnet" + end for end in ("-epochs4", "-epochs13", "-epochs28", "")]
+        "runs/cifar10-convnet" + end for end in ("-epochs13", "-epochs13", "-epochs28", "")]
     assert folder("--dataset", "cifar100", "--ipc", "1") == "runs/cifar100-resnet18-epochs13"      # as many images
     assert folder("--dataset", "cifar100", "--ipc", "10") == "runs/cifar100-resnet18-epochs41"
     assert folder(*cifar, "1", "--preset", "paper") == "runs/cifar10-convnet"

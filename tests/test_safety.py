@@ -237,7 +237,7 @@ def test_a_log_line_cut_off_is_not_counted_twice(here, monkeypatch):
 def test_hostile_pickles_run_no_code(tmp_path, monkeypatch):
     evil, made = Evil(tmp_path / "made"), tmp_path / "made"
     torch.save({"state_dict": evil}, tmp_path / "evil.pt")
-    one_line(lambda flags: squeeze.load_state(tmp_path / "evil.pt"), [], "evil.pt", "holds more than tensors")
+    one_line(lambda flags: squeeze.load_state(tmp_path / "evil.pt"), [], "evil.pt", "more than tensors")
     monkeypatch.chdir(tmp_path)
     one_line(squeeze.main, ["--teacher", "evil.pt"], "evil.pt", "not a readable state dict")
     np.save("soft_labels.npy", np.array([evil], object), allow_pickle=True)
