@@ -14,7 +14,7 @@ if [[ -z $ROWS ]]; then
     python squeeze.py --dataset cifar10 --network convnet --epochs 1 --resume "$@"
     python tests/bench.py --parity runs/cifar10-convnet-epochs1
 fi
-for row in ${ROWS:-cifar10:1:4 cifar10:10:13 cifar100:1:13 cifar100:10:41 cifar10:50:28 cifar100:50:92 cifar10:50:200 tiny:100:50}; do
+for row in ${ROWS:-cifar10:1:13 cifar10:10:13 cifar100:1:13 cifar100:10:41 cifar10:50:28 cifar100:50:92 cifar10:50:200 tiny:100:50}; do
     IFS=: read -r dataset ipc epochs <<< "$row"
     python squeeze.py --dataset "$dataset" --network "$network" --epochs "$epochs" --resume "$@"
     teacher=runs/$dataset-$network-epochs$epochs
