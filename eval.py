@@ -114,8 +114,8 @@ def find_labels(job, args):
     checked, or with --online and --hard, which need none, the preset's."""
     if args.online or args.hard:
         usual = relabel.recipe(job.made["dataset"], len(job.content["images"]))
-        made = squeeze.fill(Namespace(epochs=args.epochs, seed=0), usual)
-        return {**vars(made), "keep_epochs": made.epochs}, job.inputs["teacher.pt"] if args.online else "", 0
+        views = dict.fromkeys(("epochs", "keep_epochs"), args.epochs or usual["epochs"])
+        return {**views, "scale": usual["scale"], "seed": 0}, job.inputs["teacher.pt"] if args.online else "", 0
     flags = [f"--{flag}={getattr(args, flag)}" for flag in ("epochs", "teacher") if getattr(args, flag)]
     recover.ensure(job.stored, "relabel", [job.run, *flags], relabel.main, args.resume)
     labels = squeeze.read_config(job.stored, "relabel")

@@ -159,7 +159,7 @@ def initial_images(job, k, classes, rng):
     return torch.from_numpy(noise.clip(0, 255).astype(np.uint8))
 
 # What baselines may change of a job: the pairs of Theorem 1 in round k, the images to start from, the smallest crop at
-# some progress of a batch, as share of the area, and the network that a batch of normalised images x meets.
+# some progress of a batch, as share of the area, and the network that normalised images x meet. every: distil's own.
 CFM = dict(every=100, pairs_of=cfm_pairs, start=initial_images, smallest=lambda progress: 0.08,
            network_for=lambda network, x, classes: network)
 
@@ -285,7 +285,7 @@ def run_name(method, args, defaults):
 
 def choose_teacher(args):
     """The folder of the squeeze run to use and the flags that make it; what --teacher implies is filled into args. Else
-    CIFAR's has early * sqrt(ipc) epochs, 13 at least: CIFAR-10's up to IPC 10 13, at 50 28, at 100 40 (13 measured)."""
+    CIFAR's has early * sqrt(ipc) epochs, 13 at least: CIFAR-10's up to IPC 10 13, at 50 28, at 100 40 (12 measured)."""
     if args.teacher:
         made = squeeze.read_config(args.teacher, "squeeze", True)["settings"]
         for flag in ("dataset", "network"):

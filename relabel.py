@@ -107,11 +107,10 @@ def write(path, shape, label):
 
 # ---- The stage -------------------------------------------------------------------------------------------------------
 def recipe(dataset, N):
-    """What students of N images get where no flag says otherwise: {"epochs", "batch", "scale"}. Few images are shown
-    more often, in small batches: it is steps that their students lack."""
+    """{"epochs", "batch", "scale"} of students of N images where no flag says otherwise; tests/RESULTS.md says why."""
     preset = squeeze.PRESETS[dataset]
     few, small, large = preset["batch"]
-    epochs = max(preset["relabel"]["epochs"], preset.get("views", 0) // N)
+    epochs = max(preset["relabel"]["epochs"], -(-preset.get("views", 0) // N))
     return {**preset["relabel"], "epochs": epochs, "batch": min(N, small if N <= few else large)}
 
 def load_run(run):
@@ -180,7 +179,10 @@ def parse(argv):
     add("--keep-epochs", type=number(int, 1), metavar="E", help="store E epochs, students cycle through them")
     add("--batch", type=number(int, 1), default=500, help="images a forward pass (default 500)")
     add("--seed", type=number(int, 0), default=0, help="of the views (default 0)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if (args.keep_epochs or 0) > (args.epochs or math.inf):
+        raise BadInput(f"--keep-epochs {args.keep_epochs} found, must be at most --epochs {args.epochs}")
+    return args
 
 def main(argv):
     args, device = parse(argv), squeeze.pick_device()
@@ -188,9 +190,7 @@ def main(argv):
     run = import_images(Path(args.run), Path(args.images), args.resume) if args.images else args.run
     content, config, _ = load_run(run)
     squeeze.fill(args, recipe(made["dataset"], len(content["images"])))
-    squeeze.fill(args, {"keep_epochs": args.epochs})
-    if args.keep_epochs > args.epochs:
-        raise BadInput(f"--keep-epochs {args.keep_epochs} found, must be at most --epochs {args.epochs}")
+    args.keep_epochs = min(args.keep_epochs or args.epochs, args.epochs)
     squeeze.show(args)
     parent, folder, inputs = labeller(run, config, args.teacher)
     shape = args.keep_epochs, len(content["images"]), len(content["classes"])

@@ -168,7 +168,7 @@ def load_cifar(kind, root, _):
             if name == names[0]:
                 classes = [str(word) for word in content[key]]
                 continue
-            labels = torch.tensor(content[key.replace("label_names", "labels")]).long()
+            labels = torch.tensor(content[key.replace("label_names", "labels")]).long().view(-1)
             images = torch.from_numpy(content["data"].astype(np.uint8, casting="no").reshape(len(labels), 3, 32, 32))
             F.one_hot(labels.view(50000 if name == "train" else 10000), len(classes))      # refuses what is no class
             parts.append(Split(images, labels))

@@ -227,6 +227,8 @@ def test_ways_to_store_fewer_labels(here, monkeypatch):
     evaluation.main([str(run), "--seeds", "1", "--epochs", "4", "--resume"])
     result = json.loads((run / "result.json").read_text())
     assert result["convnet-epochs4"]["averaged"] == result["convnet-epochs4-online"]["averaged"]
+    stored, asked = result["convnet-epochs4"]["views"], result["convnet-epochs4-online"]["views"]
+    assert stored == {**stored, **asked} and asked.keys() == {"epochs", "keep_epochs", "scale", "seed"}
     assert result["convnet-epochs4"]["label_bytes"] == 2 * 4 * 8 * 4
     shutil.rmtree(run / "labels"), (run / "result.json").unlink()
     relabel.main([str(run), "--epochs", "4", "--keep-epochs", "2"])

@@ -139,7 +139,7 @@ def test_no_flipped_byte_of_a_state_goes_unseen(tmp_path):
             found = squeeze.load_state(path)               # padding between the zip's entries
             assert found["b"] == 3 and torch.equal(found["layers"]["0"], content["layers"]["0"])
         except BadInput as error:
-            seen += "memory.pt: damaged" in str(error)
+            seen += "memory.pt: missing, damaged" in str(error)
     assert seen > len(raw) / 13 * 0.6
     for tenth in range(10):
         path.write_bytes(raw[:len(raw) * tenth // 10])
@@ -445,6 +445,29 @@ def test_what_turns_non_finite_is_named_and_the_last_good_batch_kept(here, monke
     monkeypatch.setattr(torch.Tensor, "clamp_", normalise)
     recover.main([*flags, "--resume"])
     assert Path("runs/toy-convnet/cfm-ipc3-iterations3/images.pt").is_file()
+
+
+def test_a_batch_made_once_more_is_the_same(here, monkeypatch):
+    """What was not finite once, and is the second time: the bytes of an undisturbed run, its memory not counted twice."""
+    flags, make, calls = ["--iterations", "3", "--ipc", "3"], recover.make_batch, []
+    recover.main(flags)
+    folder = Path("runs/toy-convnet/cfm-ipc3-iterations3")
+    whole, log = torch.load(folder / "images.pt")["images"], (folder / "log.jsonl").read_text()
+    shutil.rmtree(folder)
+
+    def once(job, *rest):
+        calls.append(job.every)
+        report = job.report
+        if len(calls) == 2:
+            job.report = lambda t, entropy, *more: report(t, math.nan, *more)
+        try:
+            return make(job, *rest)
+        finally:
+            job.report = report
+    monkeypatch.setattr(recover, "make_batch", once)
+    recover.main(flags)
+    assert calls == [100, 100, 1, 100] and (folder / "log.jsonl").read_text() == log
+    assert torch.equal(torch.load(folder / "images.pt")["images"], whole)
 
 
 def test_out_of_memory_is_not_a_broken_teacher(here, monkeypatch):
