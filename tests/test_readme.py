@@ -29,7 +29,7 @@ def expand(text):
     """The python commands of a shell text as lists of words, by bash itself: loops, braces and variables are expanded,
     and nothing is run, since every program is a function here and the path is empty."""
     stubs = "PATH=; python() { printf '%s\\0' \"$@\" $'\\n'; }; .() { :; }; "
-    stubs += " ".join(f"{name}() {{ :; }};" for name in ("git", "cd", "pip", "pytest", "bash", "cp", "mv", "ln"))
+    stubs += " ".join(f"{name}() {{ :; }};" for name in ("git", "cd", "pip", "pytest", "bash", "cp", "mv", "ln", "rm"))
     done = subprocess.run(["/bin/bash", "-c", stubs + text], capture_output=True, text=True)
     assert not done.stderr and done.returncode == 0, done.stderr
     return [words.split("\0") for words in done.stdout.split("\0\n\0") if words]
