@@ -161,7 +161,7 @@ def initial_images(job, k, classes, rng):
 # What baselines may change of a job: the pairs of Theorem 1 in round k, the images to start from, the smallest crop at
 # some progress of a batch, as share of the area, and the network that normalised images x meet. every: distil's own.
 CFM = dict(every=100, pairs_of=cfm_pairs, start=initial_images, smallest=lambda progress: 0.08,
-           network_for=lambda network, x, classes: network)
+           network_for=lambda network, x, classes: network.to(getattr(torch, network.precision)))  # rounded once
 
 def starting_images(data, ipc, confidence=None):
     """index [ipc, K]: row k holds the position of the k-th training image of every class; with confidence [n], of the
