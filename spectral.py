@@ -39,7 +39,7 @@ LAYOUTS = {"plain": (2,), "map": (3, 4, 5), "tokens": (3, 4, 5)}       # and how
 # Statistics and filters never use half precision, whatever autocast is around.
 single = lambda x: x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 full_precision = lambda x: torch.autocast(x.device.type, enabled=False)
-blocks = lambda X: map(single, X.split(max(4096, 2**19 // X.shape[1], len(X) // 16)))  # no second X in memory
+blocks = lambda X: map(single, X.split(max(4096, min(2**19 // X.shape[1], 2**15), len(X) // 16)))   # no second X
 
 # ---- Features, the inputs of a frozen network's modules, and their FFC and FLC (Eq. 15-16) ---------------------------
 def is_main_convolution(name: str, module: nn.Module) -> bool:
