@@ -22,8 +22,7 @@ import squeeze
 from spectral import gradient_descent, identity, low_pass, ridge
 from squeeze import BadInput, number
 
-# ---- The table: flags -> pairs (g, f) or (g, f_real, f_syn) as spectral.matching takes them. g: "I" matches f(Psi),
-# "diag" their diagonals, "x" signals f(Psi) Phi.
+# ---- The table: flags -> pairs (g, f) or (g, f_real, f_syn), which spectral.matching explains ------------------------
 def mtt(args):
     """Eq. 6-9: p steps of gradient descent on a linear head turn W_0 into
     (I - eta FFC)^p W_0 + eta sum_{i<p} (I - eta FFC)^i FLC: one filter before W_0, one before FLC; q steps on ours.
@@ -71,8 +70,7 @@ def adjusted(network, x, classes, rho=0.015, steps=12):
 @torch.no_grad()
 def realistic_crops(job, args, candidates=300, crops=5):
     """RDED (Sun et al., 2024): of 300 random images a class (or as many as are wanted), the best of five square crops
-    each; of these the best make the images, four to one beyond 64 px: uint8 [K, ipc, 3, S, S]. Best: the teacher's
-    cross-entropy of the crop, its border filled, is least."""
+    each, of these the best, by cross-entropy, borders filled; four an image beyond 64 px: uint8 [K, ipc, 3, S, S]."""
     S, rng, made, teacher = job.data.size, np.random.default_rng(args.seed), [], job.teacher
     grid, device = 2 if S > 64 else 1, next(job.network.parameters()).device
     d, wanted, upright = -(-S // grid), args.ipc * grid**2, torch.tensor(False, device=device)

@@ -41,13 +41,12 @@ def targets(job, args, epoch, views):
         hot = F.one_hot(job.content["labels"].to(job.images.device), len(job.content["classes"])).float()
         share = relabel.patch_mask(views.patch, job.images.shape[-1]).float().mean((1, 2, 3))[:, None]
         return (1 - share) * hot + share * hot[views.partner]
-    logits = np.load(job.stored / "soft_labels.npy", mmap_mode="r")[epoch]
-    return torch.from_numpy(logits.astype(np.float32)).to(job.images.device)
+    stored = torch.from_numpy(np.load(job.stored / "soft_labels.npy", mmap_mode="r")[epoch].astype(np.float32))
+    return relabel.expand(stored, len(job.content["classes"])).to(job.images.device)
 
 def train_epoch(job, args, epoch, student, average, optimizer):
-    """One epoch of a student on its views and labels. Returns the last step's loss. The rate is a cosine to zero, or
-    `stretched` to end at half the rate (the authors' code). The average's decay after n steps is min(ema, (1 + n) /
-    (10 + n)): with a constant one, 9 % of the random start would be left after 240 steps."""
+    """One epoch of a student on its views and labels: the last step's loss. The rate is a cosine to zero, or stretched
+    to end at half (the authors' code). The average's decay grows, or 240 steps would keep 9 % of the random start."""
     content, N, device, drawn = job.content, len(job.images), job.images.device, epoch % job.views["keep_epochs"]
     views = relabel.draw_views(job.views["seed"], drawn, N, job.images.shape[-1], job.views["scale"], device)
     wanted, steps = targets(job, args, drawn, views), math.ceil(N / args.batch)
@@ -84,9 +83,8 @@ def train_student(job, args, checkpoint):
         loss = train_epoch(job, args, epoch, **parts)
         if time.time() - saved > 60:
             saved, rate = time.time(), (time.time() - start) / (epoch + 1 - state["epoch"]) / 60
-            squeeze.save(checkpoint, dict(
-                identity=job.identity, epoch=epoch + 1, seconds=state["seconds"] + saved - start,
-                **{name: part.state_dict() for name, part in parts.items()}))
+            about = dict(identity=job.identity, epoch=epoch + 1, seconds=state["seconds"] + saved - start)
+            squeeze.save(checkpoint, {**about, **{name: part.state_dict() for name, part in parts.items()}})
             print(f"{checkpoint.parent.name}: {args.network} seed {job.seed} epoch {epoch + 1}/{args.epochs}  "
                   f"loss {loss.item():.4f}  {(args.epochs - epoch - 1) * rate:.1f} min left", flush=True)
     if not all(weight.isfinite().all() for weight in student.parameters()):
@@ -264,8 +262,7 @@ def report(runs, device):
     save_image(torch.stack(tiles) / 255, folder / "grid.png", nrow=10, padding=1)
     svg(folder / "psd.svg", curves, "power spectral density of the images", "cycles per image", "share of power")
     if filters:
-        svg(folder / "filters.svg", filters, f"filter responses on the real spectrum of layer {layer}",
-            "eigenvalue of FFC", "f")
+        svg(folder / "filters.svg", filters, f"filters on the real spectrum of layer {layer}", "eigenvalue of FFC", "f")
     squeeze.save(folder / "report.json", {"layer": layer, "radius": radius.tolist(), "runs": rows})
     print(f"pictures: {folder}; grid.png has two rows a run, its first and its last round")
 

@@ -8,9 +8,8 @@
 real images untouched, the honest rival. On one GPU: python recover.py --dataset tiny --ipc 100 --alpha-max 1.
 
 Images are made in batches, one image of every class (or of a chunk of them) at a time. Round k has alpha_k, falling
-from alpha_max toward 0: the first images of a class match the low frequencies of the teacher's features, the last ones
-the high. One batch: start from real images; at each iteration push a random view through the frozen teacher and step on
-CE + gamma * sum over layers of (filter + signal loss), Eq. 19-20. Writes images.pt, preview.png, config.json, a log."""
+from alpha_max toward 0: a class's first images match low frequencies of the teacher's features, its last ones high.
+Each step of Adam lowers, for random views, CE + gamma * sum over layers of (filter + signal loss), Eq. 19-20."""
 import math
 import time
 from contextlib import suppress
@@ -83,8 +82,7 @@ def resample(images, grid):
 
 # ---- One batch -------------------------------------------------------------------------------------------------------
 def cfm_pairs(k, args):
-    """The pairs of CFM in round k (Eq. 18-20), or of its ablations. --filter high: alpha_max / 100 throughout, a fixed
-    sharp filter; low: f is lambda. --loss: one of Eq. 19's two."""
+    """CFM's pairs in round k (Eq. 18-20); of --filter high with alpha_max / 100 throughout, of low with f = lambda."""
     alpha = args.alpha_max / 100 if args.filter == "high" else None
     if args.filter == "cfm":
         alpha = spectral.alpha_schedule(k, args.ipc, args.alpha_max, args.schedule)
@@ -164,8 +162,7 @@ CFM = dict(every=100, pairs_of=cfm_pairs, start=initial_images, smallest=lambda 
            network_for=lambda network, x, classes: network.to(getattr(torch, network.precision)))  # rounded once
 
 def starting_images(data, ipc, confidence=None):
-    """index [ipc, K]: row k holds the position of the k-th training image of every class; with confidence [n], of the
-    k-th most confident one. BadInput if a class has fewer images."""
+    """index [ipc, K]: of every class the k-th training image, or k-th surest by confidence [n]; BadInput if none."""
     order = (data.train.labels * 0 if confidence is None else confidence).argsort(descending=True, stable=True)
     labels = data.train.labels[order]
     columns = [order[labels == c][:ipc] for c in range(len(data.classes))]
@@ -173,9 +170,6 @@ def starting_images(data, ipc, confidence=None):
         if len(own) < ipc:
             raise BadInput(f"--ipc {ipc}: class {name!r} has {len(own)} training images; use at most that many")
     return torch.stack(columns, 1)
-
-def load_batch(folder, b):
-    return squeeze.load_state(folder / f"batch{b + 1}.pt", f"remove {folder} and start again")
 
 def distil(job, args):
     """Make all batches of a run, round by round. A finished one goes to the disk at once, and memory.pt says how many
@@ -186,7 +180,7 @@ def distil(job, args):
     if path.is_file():
         done = squeeze.load_state(path)
         for b in range(done["b"]):                         # refused before any long work
-            load_batch(job.folder, b)
+            squeeze.load_state(job.folder / f"batch{b + 1}.pt", f"remove {job.folder} and start again")
         print(f"resuming after batch {done['b']}")
     memory = {name: spectral.Statistics(*parts).to(device) for name, parts in done["layers"].items()}
     loss, total, start = objective(job, args), args.ipc * len(chunks), time.time() - done["seconds"]
@@ -198,10 +192,9 @@ def distil(job, args):
         if not math.isfinite(entropy + matching + pixels):
             if job.every > 1:
                 raise FloatingPointError
-            odd = [f" in layer {name}" for name, layer in layers.items() if not layer.uncentred.isfinite().all()]
-            raise BadInput(f"{job.folder}: cross-entropy {entropy:.3g}, matching loss {matching:.3g}, mean pixel "
-                           f"{pixels:.3g}: not finite in batch {b + 1} at iteration {t}{''.join(odd[:1])}: lower --lr "
-                           f"or raise --alpha-max; --resume keeps the {b} batches before")
+            odd = "".join([f" in layer {n}" for n, layer in layers.items() if not layer.uncentred.isfinite().all()][:1])
+            raise BadInput(f"{job.folder}: CE {entropy:.3g}, matching {matching:.3g}, mean pixel {pixels:.3g}: not "
+                           f"finite in batch {b + 1} at iteration {t}{odd}: lower --lr or raise --alpha-max")
         if t == args.iterations:
             squeeze.log(job.folder, batch=b + 1, round=k, ce=entropy, matching=matching)
     for b in range(done["b"], total):
@@ -222,18 +215,21 @@ def distil(job, args):
     return time.time() - start
 
 def finish(folder, config, teacher, args, seconds):
-    """The batches become images.pt, with all that is needed to use it, and preview.png (a row a class)."""
+    """The batches become images.pt, and preview.png (a row a class)."""
     K, S = len(teacher["classes"]), teacher["size"]
     images = torch.empty(args.ipc, K, 3, S, S, dtype=torch.uint8)
     for b, chunk in enumerate(chunk for row in images for chunk in row.split(args.batch)):
-        chunk.copy_(load_batch(folder, b))
-    about = {key: teacher[key] for key in ("classes", "mean", "std", "precision")}
-    squeeze.save(folder / "images.pt", dict(
-        images=images.flatten(0, 1), labels=torch.arange(K).repeat(args.ipc), **about, inputs=config["inputs"],
-        settings=squeeze.settings(args, ("data", "teacher"))))
+        chunk.copy_(squeeze.load_state(folder / f"batch{b + 1}.pt", f"remove {folder} and start again"))
     shown = images[:10, :20].transpose(0, 1)
     save_image(shown.flatten(0, 1) / 255, folder / "preview.png", nrow=shown.shape[1], padding=1)
-    squeeze.finish_run(folder, config, ["images.pt"], seconds=seconds, image_bytes=images.numel())
+    write_images(folder, config, teacher, images.flatten(0, 1), torch.arange(K).repeat(args.ipc), seconds=seconds)
+
+def write_images(folder, config, teacher, images, labels, **results):
+    """images.pt, with all that is needed to use it; the run is finished."""
+    content = dict(images=images, labels=labels, inputs=config["inputs"], settings={**config["settings"], "data": ""})
+    content |= {key: teacher[key] for key in ("classes", "mean", "std", "precision")}
+    squeeze.save(folder / "images.pt", content)
+    squeeze.finish_run(folder, config, ["images.pt"], **results, image_bytes=images.numel())
 
 # ---- The stage -------------------------------------------------------------------------------------------------------
 def add_flags(parser):                                     # shared with baselines.py
@@ -269,8 +265,7 @@ def parse(argv):
     return args
 
 def preset_of(args):
-    """What flags left out take: the paper's settings, or ours where we have some. Zero iterations are the honest rival
-    under both, the first real images of each class."""
+    """What flags left out take: our settings or the paper's, always those with --iterations 0: first real images."""
     preset = squeeze.PRESETS[args.dataset]
     ours = preset["ours"] if args.preset == "ours" and args.iterations != 0 else {}
     return {**preset["recover"], **ours, "network": preset["network"]}

@@ -6,7 +6,7 @@
 
 A view (crop box, flip, CutMix partner and patch) is a pure function of (seed, epoch, image): eval.py rebuilds exactly
 the pixels that the teacher saw, and only the labels have to be stored. Writes RUN/labels/, or RUN/labels-<teacher>/:
-soft_labels.npy (float16 logits [E, N, K]; ImageNet at IPC 50: 30 GB, or fewer epochs by --keep-epochs)."""
+soft_labels.npy (float16 logits [E, N, K]; ImageNet at IPC 50: 30 GB; --keep-epochs, --top-k and eval.py --online)."""
 import contextlib
 import hashlib
 import math
@@ -73,11 +73,23 @@ def labeller(run, config, teacher):
     inputs = {"images.pt": config["artefacts"]["images.pt"], "teacher.pt": found["artefacts"]["teacher.pt"]}
     return parent, Path(run) / ("labels" if parent.resolve() == own else f"labels-{parent.resolve().name}"), inputs
 
+def compress(logits, k, T=20.0):
+    """--top-k: logits [N, K] as [N, 2k + 1]: the k largest, one for all others that keeps the mass they have together
+    at temperature T, and the classes of the k (float16 counts to 2048)."""
+    top, classes = logits.topk(k, 1)
+    rest = T * (logits.scatter(1, classes, -math.inf) / T).logsumexp(1, keepdim=True)
+    return torch.cat([top, rest - T * math.log(logits.shape[1] - k), classes], 1)
+
+def expand(stored, K):
+    """Logits [N, K] of stored ones: as they are, or of what compress left."""
+    top, rest, classes = stored.tensor_split([stored.shape[1] // 2, stored.shape[1] // 2 + 1], 1)
+    return stored if stored.shape[1] == K else rest.repeat(1, K).scatter(1, classes.long().clamp(0, K - 1), top)
+
 def check_labels(path, shape):
-    """Refuse stored labels that do not fit the run, whatever their config says."""
+    """Refuse stored labels that do not fit [E, N, K], or [E, N, 2k + 1], whatever their config says."""
     with contextlib.suppress(OSError, ValueError):
-        found = np.load(path, mmap_mode="r")
-        if (found.shape, found.dtype) == (shape, np.float16) and all(np.isfinite(epoch).all() for epoch in found):
+        found, shapes = np.load(path, mmap_mode="r"), [(*shape[:2], k) for k in (shape[2], *range(3, shape[2], 2))]
+        if found.dtype == np.float16 and found.shape in shapes and all(np.isfinite(epoch).all() for epoch in found):
             return
     raise BadInput(f"{path}: not finite float16 labels {shape}: remove {path.parent} and relabel")
 
@@ -160,10 +172,7 @@ def import_images(parent, source, resume):
     about = {key: config["settings"][key] for key in ("dataset", "data", "network")}
     run = squeeze.open_run(folder, "recover", {**about, "ipc": 1 + int(position.max())}, inputs, resume)
     if not run["artefacts"]:
-        content = {key: teacher[key] for key in ("classes", "mean", "std", "precision")}
-        squeeze.save(folder / "images.pt", dict(images=images, labels=files.labels, **content, inputs=inputs,
-                                                settings={"images": source.name}))
-        squeeze.finish_run(folder, run, ["images.pt"], image_bytes=images.numel())
+        recover.write_images(folder, run, teacher, images, files.labels)
     print(f"images: {len(images)} from {source}, in {folder}")
     return folder
 
@@ -177,6 +186,7 @@ def parse(argv):
     add("--epochs", type=number(int, 1), help="of students (CIFAR 1000, or 100,000 views; toy 60; else 300)")
     add("--scale", type=number(float, 0, 1, strict=True), help="smallest crop, share of area (CIFAR, toy 0.08; 0.5)")
     add("--keep-epochs", type=number(int, 1), metavar="E", help="store E epochs, students cycle through them")
+    add("--top-k", type=number(int, 1), metavar="k", help="store the k largest logits, and one for all others")
     add("--batch", type=number(int, 1), default=500, help="images a forward pass (default 500)")
     add("--seed", type=number(int, 0), default=0, help="of the views (default 0)")
     args = parser.parse_args(argv)
@@ -193,16 +203,20 @@ def main(argv):
     args.keep_epochs = min(args.keep_epochs or args.epochs, args.epochs)
     squeeze.show(args)
     parent, folder, inputs = labeller(run, config, args.teacher)
-    shape = args.keep_epochs, len(content["images"]), len(content["classes"])
+    K = len(content["classes"])
+    if args.top_k and not 2 * args.top_k + 1 < K <= 2048:
+        raise BadInput(f"--top-k {args.top_k} found, must be below half the {K} classes, and they 2048: leave it out")
+    shape = args.keep_epochs, len(content["images"]), 2 * args.top_k + 1 if args.top_k else K
     size, path = 2 * math.prod(shape), folder / "soft_labels.npy"
     if not (folder / "log.jsonl").is_file() and size > (free := shutil.disk_usage(run).free):
         raise BadInput(f"--epochs {args.epochs}: soft labels need {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
-                       "use --keep-epochs, or eval.py --online")
+                       "use --keep-epochs, --top-k or eval.py --online")
     network, teacher, _ = recover.load_teacher(parent, device)
     images, args.precision = content["images"].to(device), teacher["precision"]
     def label(epoch):
         views = draw_views(args.seed, epoch, len(images), images.shape[-1], args.scale, device)
-        return soft_labels(network, teacher, images, views, args.batch)
+        logits = soft_labels(network, teacher, images, views, args.batch)
+        return compress(logits, args.top_k) if args.top_k else logits
     settings = squeeze.settings(args, ("run", "images", "teacher", "batch"))     # batch changes no label
     config = squeeze.open_run(folder, "relabel", settings, inputs, args.resume)
     if not config["artefacts"]:

@@ -210,10 +210,9 @@ low_pass.matrix = lambda psi: (psi + psi.mT) / 2
 def ridge(alpha: float) -> Callable:
     """f = 1 / (lambda + alpha), high-pass: flat below alpha, falling above (FrePo, CFM), with F = (Psi + alpha I)^-1
     (Eq. 18) by Cholesky. ValueError unless alpha > 0.
-    Relative errors in float32, CIFAR-10, ConvNet-128, alpha = 1e-1, 1e-3, 1e-5: F of all images (C = 128, lambda_max 3)
-    2e-7, 9e-6, 3e-5; of ten (C = 2048, rank 9, lambda_max 14) 5e-7, 6e-5, 6e-3, CFM's gradient there 1e-5, 1e-3, 0.14.
-    Not below 1e-6 lambda_max in float32 where Psi is singular (few images); `matching` refuses 1.2e-7 ||Psi||, 1e-6 if
-    n <= C. A real side taken through a bfloat16 network is 0.1 to 0.35 % off in mean, FFC and FLC; F 0.3 % at 1e-3.
+    Relative errors in float32 at alpha = 1e-1, 1e-3, 1e-5, lambda_max 3 to 14: of a data set's F (C = 128) 2e-7, 9e-6,
+    3e-5; of ten images' (C = 2048, rank 9) 5e-7, 6e-5, 6e-3, CFM's gradient there 1e-5, 1e-3, 0.14. If Psi is singular
+    (few images) stay above 1e-6 lambda_max: `matching` refuses 1.2e-7 ||Psi||, 1e-6 if n <= C.
     >>> ridge(1.)(torch.tensor([0., 9.])), spectral_filter(torch.eye(2), ridge(0.25)).diagonal()
     (tensor([1.0000, 0.1000]), tensor([0.8000, 0.8000]))"""
     if not alpha > 0:

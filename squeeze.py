@@ -96,8 +96,7 @@ def script(main):
     sys.exit(f"{Path(sys.argv[0]).name}: {BadInput(reason)}")              # of one line, an OSError's too
 
 def keep_freed_memory():
-    """Ask glibc to keep freed blocks: handing each large activation back to the kernel, to be faulted in again page by
-    page at the next step, takes 40 % of a ConvNet training step on a CPU."""
+    """Ask glibc to keep freed blocks: faulting large activations in again, page by page, is 40 % of a step on a CPU."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)                                # M_MMAP_MAX: no block comes from mmap
         libc.mallopt(-1, 2**31 - 1)                        # M_TRIM_THRESHOLD: the heap is never trimmed
@@ -118,9 +117,8 @@ class Data(NamedTuple):
     sha256: str             # of the training labels and images; of files, names and lengths: reading takes an hour
 
 def toy(per_class, classes, seed, size=32):
-    """Toy images uint8 [n, 3, S, S] and labels int64 [n], class by class. Class k is a pair: colour layout k // 2 (low
-    frequency) and stripe direction k % 2 (high): whoever keeps just the low frequencies has to guess between two. Each
-    image bends its layout, shifts the phase and strength of its stripes, and adds pixel noise."""
+    """Toy images uint8 [n, 3, S, S], labels [n]. Class k is a pair: colour layout k // 2 (low frequency) and stripe
+    direction k % 2 (high); an image bends its layout, shifts phase and strength of its stripes, and adds noise."""
     layouts = np.random.default_rng([1234, classes]).random(((classes + 1) // 2, 3, 3, 3), dtype=np.float32)
     rng, grid, images = np.random.default_rng([seed, classes]), torch.arange(size, dtype=torch.float32), []
     normal = lambda *shape: torch.from_numpy(rng.standard_normal((per_class, 3, *shape), dtype=np.float32))
@@ -176,8 +174,7 @@ def load_cifar(kind, root, _):
             raise BadInput(f"--data {folder / name}: truncated, damaged or hostile ({error}): remove it") from error
     return Split(*map(torch.cat, zip(*parts[:-1]))), parts[-1], classes
 
-def class_folders(root):
-    return sorted(entry.name for entry in Path(root).glob("*") if entry.is_dir())
+class_folders = lambda root: sorted(entry.name for entry in Path(root).glob("*") if entry.is_dir())
 
 def image_files(root, names, classes=None):
     """The images root/<name>/**.{jpg, png, ...} of the class names; labels are positions in classes (or in names)."""

@@ -238,6 +238,33 @@ def test_ways_to_store_fewer_labels(here, monkeypatch):
     evaluation.main([str(run), "--seeds", "1"])
     assert seen == [0, 1, 0, 1]                            # students cycle through what is stored
     assert json.loads((run / "result.json").read_text())["convnet-epochs4"]["label_bytes"] == 2 * 2 * 8 * 4
+    whole = relabel.expand(torch.from_numpy(np.load(run / "labels" / "soft_labels.npy")[1]).float(), 4)
+    shutil.rmtree(run / "labels"), (run / "result.json").unlink()
+    one_line(relabel.main, [run, "--top-k", "2"], "--top-k 2", "half the 4 classes")
+    assert not (run / "labels").exists()
+    relabel.main([str(run), "--epochs", "4", "--keep-epochs", "2", "--top-k", "1"])
+    stored = torch.from_numpy(np.load(run / "labels" / "soft_labels.npy")).float()
+    found = relabel.expand(stored[1], 4)
+    assert stored.shape == (2, 8, 3) and torch.equal(found.max(1).values, whole.max(1).values)
+    assert torch.allclose(*((v / 20).logsumexp(1) for v in (found, whole)), atol=1e-3)     # float16
+    monkeypatch.setattr(relabel, "draw_views", draw)
+    evaluation.main([str(run), "--seeds", "1", "--epochs", "2"])
+    row = json.loads((run / "result.json").read_text())["convnet-epochs2"]
+    assert row["label_bytes"] == 2 * 2 * 8 * 3 and row["views"]["top_k"] == 1
+
+
+def test_compressed_labels_keep_the_mass():
+    logits = torch.randn(50, 20, dtype=torch.float64) * 5
+    assert torch.equal(relabel.expand(logits, 20), logits)
+    for k in (1, 5, 9):
+        stored, (top, classes) = relabel.compress(logits, k), logits.topk(k, 1)
+        assert stored.shape == (50, 2 * k + 1) and torch.equal(stored[:, k + 1:].half().long(), classes)
+        back = relabel.expand(stored, 20)
+        assert torch.equal(back.gather(1, classes), top)
+        p, q = (torch.softmax(v / 20, 1) for v in (logits, back))
+        rest = torch.ones_like(q).scatter(1, classes, 0).bool()
+        wanted = (p * rest).sum(1, keepdim=True) / (20 - k)        # the others' mean probability, for each of them
+        assert torch.allclose(q, torch.where(rest, wanted, p), atol=1e-14)
 
 
 def test_labels_that_are_there_are_checked_before_others_are_made(here):

@@ -310,11 +310,14 @@ def test_labels_that_do_not_fit_are_refused(tmp_path):
     path, fine = tmp_path / "soft_labels.npy", np.zeros((2, 8, 4), np.float16)
     holed = fine.copy()
     holed[1, 2, 3] = math.nan
-    for bad in (holed, fine + np.float16(math.inf), fine[:1], fine.astype(np.float32), fine[..., :3]):
+    for bad in (holed, fine + np.float16(math.inf), fine[:1], fine.astype(np.float32), fine[..., :2], fine[..., 0]):
         np.save(path, bad)
         one_line(lambda flags: relabel.check_labels(path, (2, 8, 4)), [], "soft_labels.npy", "remove")
-    np.save(path, fine)
-    relabel.check_labels(path, (2, 8, 4))
+    for good in (fine, fine[..., :3]):                     # all logits, or --top-k 1
+        np.save(path, good)
+        relabel.check_labels(path, (2, 8, 4))
+    hostile = torch.tensor([[1.0, 0.0, 9.0], [1.0, 0.0, -7.0]])            # classes that are none
+    assert relabel.expand(hostile, 4).tolist() == [[0, 0, 0, 1], [1, 0, 0, 0]]
 
 
 NAMES = ["../../x", "/etc/passwd", "..", ".", "a/b", "a\\b", "con", "COM1.txt", "Great White", " lead", "trail.", "Cat", "cat",
@@ -441,7 +444,7 @@ def test_what_turns_non_finite_is_named_and_the_last_good_batch_kept(here, monke
     flags = ["--iterations", "3", "--ipc", "3"]
     with monkeypatch.context() as patch:
         patch.setattr(recover, "make_batch", broken)
-        one_line(recover.main, flags, "not finite", words, "--resume keeps the 1 batches before")
+        one_line(recover.main, flags, "not finite", words, "lower --lr")
     monkeypatch.setattr(torch.Tensor, "clamp_", normalise)
     recover.main([*flags, "--resume"])
     assert Path("runs/toy-convnet/cfm-ipc3-iterations3/images.pt").is_file()
