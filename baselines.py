@@ -4,10 +4,9 @@ loop; and rivals of today, which differ in their start, views or weights.
     python baselines.py --method mtt                                      toy images
     python baselines.py --method dm --dataset cifar10 --network convnet --ipc 10
 
-Every objective compares  f(FFC) g(FLC)  of the real and the synthetic set; METHODS says with which. These are the
-linear-head forms of the theory on one trained teacher, under CFM's recipe (start, cross-entropy, views). They leave out
-what the published methods add: DM and DC draw many random networks, MTT matches trajectories of a whole one, FrePo has
-a pool of them; CDA and DWA have their own rates and iterations. So no number made here is the published method's."""
+METHODS says with which f(FFC) g(FLC): the theory's forms for a linear head, on one trained teacher, under CFM's recipe
+(start, cross-entropy, views). No number made here is the published method's: DM and DC draw many random networks, MTT
+matches trajectories of a whole one, FrePo has a pool of them, CDA and DWA have their own rates and iterations."""
 import copy
 import functools
 import math
@@ -56,9 +55,8 @@ def curriculum(progress):
     return 0.08 + 0.92 * (1 + math.cos(math.pi * progress)) / 2
 
 def adjusted(network, x, classes, rho=0.015, steps=12):
-    """DWA (Du et al., 2024): a copy of the network with its weights moved by steps of length rho / steps up the
-    gradient of the starting images' cross-entropy, so that every batch meets another teacher. x: normalised [B, 3, S,
-    S]. Where BatchNorm is folded into the convolutions, as in recover.py, the gradient is the folded weights'."""
+    """DWA (Du et al., 2024): a copy of the network, weights (BatchNorm folded in) moved by steps of rho / steps
+    up the gradient of the starting images' cross-entropy: every batch meets another teacher. x: normalised images."""
     network = copy.deepcopy(network).requires_grad_(True)
     for _ in range(steps):
         parts = torch.autograd.grad(F.cross_entropy(squeeze.forward(network, x), classes), list(network.parameters()))
@@ -69,8 +67,8 @@ def adjusted(network, x, classes, rho=0.015, steps=12):
 
 @torch.no_grad()
 def realistic_crops(job, args, candidates=300, crops=5):
-    """RDED (Sun et al., 2024): of 300 random images a class (or as many as are wanted), the best of five square crops
-    each, of these the best, by cross-entropy, borders filled; four an image beyond 64 px: uint8 [K, ipc, 3, S, S]."""
+    """RDED (Sun et al., 2024): of 300 random images a class (more if wanted) the best of five square crops each, then
+    the best of those (least cross-entropy, border filled); beyond 64 px four make an image: uint8 [K, ipc, 3, S, S]."""
     S, rng, made, teacher = job.data.size, np.random.default_rng(args.seed), [], job.teacher
     grid, device = 2 if S > 64 else 1, next(job.network.parameters()).device
     d, wanted, upright = -(-S // grid), args.ipc * grid**2, torch.tensor(False, device=device)

@@ -4,9 +4,9 @@ or look at the images (--report), or write them as PNGs (--export).
     python eval.py runs/toy-convnet/cfm-ipc10                              a minute on a CPU
     python eval.py runs/toy-convnet/cfm-ipc10 runs/toy-convnet/real-ipc10  one recipe, one table
 
-Each epoch shows a student the views that relabel.py showed the teacher, with the teacher's soft labels (made first if
-missing) as the target. Reported is the last epoch, mean and deviation over seeds, of the averaged student: exponential
-average of the weights, 0.99 a step, less at first. Raw students, shown beside it, swing by points. RUN/result.json."""
+Each epoch shows a student the views that relabel.py showed the teacher, to learn its soft labels (made if missing).
+Reported is the last epoch, mean and deviation over seeds, of the student averaged along the way, and of the raw one."""
+import html
 import math
 import time
 from pathlib import Path
@@ -65,9 +65,8 @@ def train_epoch(job, args, epoch, student, average, optimizer):
     return loss
 
 def train_student(job, args, checkpoint):
-    """One student, from scratch or from its checkpoint (of at most a minute ago): (student, averaged student, seconds).
-    job: seed, content (of images.pt), images (uint8, on the device), views (settings of relabel.py), what targets asks
-    for, and identity, what a checkpoint must have been made with to be continued."""
+    """One student, from scratch or its checkpoint of a minute ago: (student, averaged student, seconds). job: seed,
+    content (of images.pt), images (on the device), views (relabel.py's), what targets asks, a checkpoint's identity."""
     torch.manual_seed(job.seed)
     student = squeeze.build_network(args.network, len(job.content["classes"]), job.images.shape[-1],
                                     job.content["precision"]).to(job.images.device)
@@ -108,8 +107,7 @@ def load_job(run, args):
     return Namespace(run=run, content=content, made=made, labeller=labeller, stored=stored, inputs=inputs, data=data)
 
 def find_labels(job, args):
-    """Settings, hash and bytes of the labels a run's students learn from: those relabel.py stored, made if missing and
-    checked, or with --online and --hard, which need none, the preset's."""
+    """Settings, hash, bytes of the labels to learn: relabel.py's, made if missing, checked; else the preset's views."""
     if args.online or args.hard:
         usual = relabel.recipe(job.made["dataset"], len(job.content["images"]))
         views = dict.fromkeys(("epochs", "keep_epochs"), args.epochs or usual["epochs"])
@@ -119,6 +117,8 @@ def find_labels(job, args):
     labels = squeeze.read_config(job.stored, "relabel")
     if labels["inputs"] != job.inputs:
         raise BadInput(f"{job.stored}: made for other images or by another teacher: remove it and relabel again")
+    if labels["settings"].get("top_k") and args.temperature != 20:
+        raise BadInput(f"--temperature {args.temperature}: {job.stored} is of --top-k, made for 20: relabel without")
     if (args.epochs or 0) > labels["settings"]["epochs"]:
         raise BadInput(f"--epochs {args.epochs}: {job.stored} holds {labels['settings']['epochs']}: relabel with more")
     shape = labels["settings"]["keep_epochs"], len(job.content["images"]), len(job.content["classes"])
@@ -138,7 +138,7 @@ def evaluate(job, network, args):
     result = squeeze.read_json(path)
     row = result.setdefault(name, {**job.identity, "seeds": {}})
     if row != {**row, **job.identity}:
-        raise BadInput(f"{path}: {name} there is of other labels, images or settings: remove it to evaluate anew")
+        raise BadInput(f"{path}: {name} there is of other labels, images or settings: remove the file to evaluate anew")
     squeeze.show(Namespace(run=job.run, **chosen, seeds=args.seeds))
     for job.seed in [seed for seed in range(args.seeds) if str(seed) not in row["seeds"]]:
         checkpoint = path.with_name(f"student-{name}-{job.seed}.pt")
@@ -216,7 +216,7 @@ def svg(path, curves, title, x_label, y_label, dashed=()):
         colour, dashes = (colour, " stroke-dasharray='6 4'") if label in dashed else (colours.pop(0), "")
         spots = [f"{place_x(x):.1f},{place_y(y):.1f}" for x, y in points]
         out += [f'<polyline points="{" ".join(spots)}" fill="none" stroke="{colour}" stroke-width="2"{dashes}/>',
-                f'<text x="484" y="{56 + 18 * i}" fill="{colour}">{label}</text>']
+                f'<text x="484" y="{56 + 18 * i}" fill="{colour}">{html.escape(label)}</text>']
         if len(spots) <= 10:                               # few points: what was measured, and what lies between
             out += ['<circle cx="%s" cy="%s" r="4" fill="%s"/>' % (*spot.split(","), colour) for spot in spots]
     path.write_text("\n".join(out) + "\n</svg>\n")
@@ -252,7 +252,7 @@ def report(runs, device):
         seconds = made["results"].get("seconds")
         rows[name] = dict(high_share=share, similarity=similarity, psd=power.tolist(), seconds=seconds)
         print(f"{name:34s} {100 * share:14.2f} % {similarity or math.nan:11.3f} {seconds or 0:8.0f}")
-        curves[name] = radius.tolist(), power.tolist()
+        curves[name] = radius.tolist(), power.clamp(min=1e-12).tolist()        # flat images have none
         if made["settings"].get("iterations"):             # real images have no filter
             filters.update(responses(name, Namespace(**made["settings"]), statistics["layers"][layer]))
         by_round = images.view(ipc, K, *images.shape[1:]) if len(images) == ipc * K else images[None, :K]

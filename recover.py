@@ -90,8 +90,7 @@ def cfm_pairs(k, args):
     return {"filter": pairs[:1], "signal": pairs[1:], "both": pairs}[args.loss]
 
 def objective(job, args):
-    """loss(k, layers, memory, step): spectral.matching in round k, the real side filtered once a round. BadInput, with
-    the flag, if the precision does not resolve alpha: for few feature vectors that is sooner than for the real set."""
+    """loss(k, layers, memory, step): spectral.matching, made once a round; BadInput where alpha is not resolved."""
     made = lru_cache(1)(lambda k: spectral.matching(job.real, job.pairs_of(k, args), args.signal, args.centred))
     def loss(k, *sides):
         try:
@@ -162,7 +161,7 @@ CFM = dict(every=100, pairs_of=cfm_pairs, start=initial_images, smallest=lambda 
            network_for=lambda network, x, classes: network.to(getattr(torch, network.precision)))  # rounded once
 
 def starting_images(data, ipc, confidence=None):
-    """index [ipc, K]: of every class the k-th training image, or k-th surest by confidence [n]; BadInput if none."""
+    """index [ipc, K]: of every class the k-th training image, or k-th surest by confidence [n]; BadInput if too few."""
     order = (data.train.labels * 0 if confidence is None else confidence).argsort(descending=True, stable=True)
     labels = data.train.labels[order]
     columns = [order[labels == c][:ipc] for c in range(len(data.classes))]
@@ -244,7 +243,7 @@ def add_flags(parser):                                     # shared with baselin
     add("--init", choices=["confident", "real", "noise"], help="start: surest images (CIFAR), first ones (else), noise")
     add("--iterations", type=number(int, 0), help="Adam steps a batch (CIFAR, toy 100; paper 1000); 0: real images")
     add("--lr", type=number(float, 0, strict=True), help="Adam's, normalised pixels (CIFAR 0.02, paper 0.25; else 0.1)")
-    add("--batch", type=number(int, 1), help="classes a batch, one image of each (at most 200; imagenet 500)")
+    add("--batch", type=number(int, 1), help="classes a batch (200; toy, CIFAR-10 10; CIFAR-100 100; imagenet 500)")
     add("--gamma", type=number(float, 0), help="weight of the matching losses (CIFAR 10, else 0.1)")
     add("--emu", choices=["pool", "paper", "off"], help="memory of batches: as one set (default), Eq. 17, or none")
     add("--seed", type=number(int, 0), default=0, help="default 0")
@@ -265,7 +264,7 @@ def parse(argv):
     return args
 
 def preset_of(args):
-    """What flags left out take: our settings or the paper's, always those with --iterations 0: first real images."""
+    """What flags left out take: our settings or the paper's (with --iterations 0 always these: first real images)."""
     preset = squeeze.PRESETS[args.dataset]
     ours = preset["ours"] if args.preset == "ours" and args.iterations != 0 else {}
     return {**preset["recover"], **ours, "network": preset["network"]}
@@ -331,8 +330,8 @@ def run(args, method, defaults, prepare=lambda job, args: None):
     for part in (folder / "memory.pt", *folder.glob("batch*.pt")):
         part.unlink(missing_ok=True)
     squeeze.checked(folder, "images.pt", config)
-    print(f"images: {folder / 'images.pt'}, {config['results']['seconds']:.0f} s, peak memory "
-          f"{peak_memory(device):.0f} MB; look at {folder / 'preview.png'}\nnext: python eval.py {folder}")
+    print(f"images: {folder}, preview.png; {config['results']['seconds']:.0f} s, peak {peak_memory(device):.0f} MB\n"
+          f"next: python eval.py {folder}" + " --validate" * teacher_config["settings"]["validate"])
 
 def main(argv):
     args = parse(argv)

@@ -6,7 +6,7 @@
 
 A view (crop box, flip, CutMix partner and patch) is a pure function of (seed, epoch, image): eval.py rebuilds exactly
 the pixels that the teacher saw, and only the labels have to be stored. Writes RUN/labels/, or RUN/labels-<teacher>/:
-soft_labels.npy (float16 logits [E, N, K]; ImageNet at IPC 50: 30 GB; --keep-epochs, --top-k and eval.py --online)."""
+soft_labels.npy, float16 logits [E, N, K]: ImageNet's at IPC 50 30 GB, less by --keep-epochs, --top-k ([E, N, 2k+1])."""
 import contextlib
 import hashlib
 import math
@@ -67,9 +67,9 @@ def labeller(run, config, teacher):
     run's data set, image by image: (its folder, the folder of its labels, the hashes of what they are made from)."""
     own = Path(run).resolve().parent
     parent = Path(teacher or own)
-    found = squeeze.read_config(parent, "squeeze")
-    if found["inputs"]["data"] != config["inputs"]["data"]:
-        raise BadInput(f"--teacher {parent}: other training images than those of {run}: name one of the same data")
+    found, size = squeeze.read_config(parent, "squeeze"), squeeze.read_config(own, "squeeze")["settings"]["size"]
+    if (found["inputs"]["data"], found["settings"]["size"]) != (config["inputs"]["data"], size):
+        raise BadInput(f"--teacher {parent}: of other images than {run}, or of another size: name one of the same")
     inputs = {"images.pt": config["artefacts"]["images.pt"], "teacher.pt": found["artefacts"]["teacher.pt"]}
     return parent, Path(run) / ("labels" if parent.resolve() == own else f"labels-{parent.resolve().name}"), inputs
 
@@ -87,22 +87,21 @@ def expand(stored, K):
 
 def check_labels(path, shape):
     """Refuse stored labels that do not fit [E, N, K], or [E, N, 2k + 1], whatever their config says."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(Exception):                   # they may be a stranger's and anything
         found, shapes = np.load(path, mmap_mode="r"), [(*shape[:2], k) for k in (shape[2], *range(3, shape[2], 2))]
         if found.dtype == np.float16 and found.shape in shapes and all(np.isfinite(epoch).all() for epoch in found):
             return
     raise BadInput(f"{path}: not finite float16 labels {shape}: remove {path.parent} and relabel")
 
 def write(path, shape, label):
-    """All epochs in order; label(epoch): the teacher's logits [N, K]. Each is appended and flushed to the disk, then
+    """All epochs in order; label(epoch): what to store of one, [N, K]. Each is appended and flushed to the disk, then
     log.jsonl tells its hash: a killed run goes on after those that are whole."""
-    part, log, size = path.with_name(path.name + ".tmp"), path.with_name("log.jsonl"), 2 * math.prod(shape[1:])
-    text, done = log.read_text(errors="replace") if log.is_file() else "", 0
-    sums = dict(re.findall(r'"epoch": (\d+), "sha256": "(\w+)"', text))
+    part, log, size, done = path.with_suffix(".npy.tmp"), path.with_name("log.jsonl"), 2 * math.prod(shape[1:]), 0
+    sums = dict(re.findall(rb'"epoch": (\d+), "sha256": "(\w+)"', log.read_bytes() if log.is_file() else b""))
     with squeeze.writing(part, "r+b" if part.exists() else "w+b") as file:     # mapped, a full disk would be a crash
         np.lib.format.write_array_header_1_0(file, dict(descr="<f2", fortran_order=False, shape=shape))
         header = file.tell()
-        while sums.get(str(done + 1)) == hashlib.sha256(file.read(size)).hexdigest():
+        while sums.get(b"%d" % (done + 1)) == hashlib.sha256(file.read(size)).hexdigest().encode():
             done += 1
         file.truncate(header + done * size)
     start = printed = time.time()
@@ -151,7 +150,7 @@ def folder_names(classes):
     return [quote(name, safe=" ") if plain.fullmatch(quote(name, safe=" ")) and lower.count(key) == 1 else
             "".join(f"%{byte:02X}" for byte in name) for name, key in zip(names, lower)]
 
-def import_images(parent, source, resume):
+def import_images(parent, source):
     """Make a run folder inside the squeeze run `parent` out of an image folder source/<class>/*: returns its path.
     Classes are matched by name. Images are ordered by position in their class, then by class, as recover.py's."""
     (_, teacher, config), present = recover.load_teacher(parent, "cpu"), squeeze.class_folders(source)
@@ -170,7 +169,7 @@ def import_images(parent, source, resume):
     digest = hashlib.sha256(images.numpy().tobytes() + files.labels.numpy().tobytes()).hexdigest()
     inputs = {"data": config["inputs"]["data"], "images": digest, **config["artefacts"]}
     about = {key: config["settings"][key] for key in ("dataset", "data", "network")}
-    run = squeeze.open_run(folder, "recover", {**about, "ipc": 1 + int(position.max())}, inputs, resume)
+    run = squeeze.open_run(folder, "recover", {**about, "ipc": 1 + int(position.max())}, inputs, resume=True)
     if not run["artefacts"]:
         recover.write_images(folder, run, teacher, images, files.labels)
     print(f"images: {len(images)} from {source}, in {folder}")
@@ -186,7 +185,7 @@ def parse(argv):
     add("--epochs", type=number(int, 1), help="of students (CIFAR 1000, or 100,000 views; toy 60; else 300)")
     add("--scale", type=number(float, 0, 1, strict=True), help="smallest crop, share of area (CIFAR, toy 0.08; 0.5)")
     add("--keep-epochs", type=number(int, 1), metavar="E", help="store E epochs, students cycle through them")
-    add("--top-k", type=number(int, 1), metavar="k", help="store the k largest logits, and one for all others")
+    add("--top-k", type=number(int, 1), metavar="k", help="store the k largest logits, one for others (temperature 20)")
     add("--batch", type=number(int, 1), default=500, help="images a forward pass (default 500)")
     add("--seed", type=number(int, 0), default=0, help="of the views (default 0)")
     args = parser.parse_args(argv)
@@ -197,7 +196,7 @@ def parse(argv):
 def main(argv):
     args, device = parse(argv), squeeze.pick_device()
     made = squeeze.read_config(args.run, "squeeze" if args.images else "recover")["settings"]
-    run = import_images(Path(args.run), Path(args.images), args.resume) if args.images else args.run
+    run = import_images(Path(args.run), Path(args.images)) if args.images else args.run
     content, config, _ = load_run(run)
     squeeze.fill(args, recipe(made["dataset"], len(content["images"])))
     args.keep_epochs = min(args.keep_epochs or args.epochs, args.epochs)
@@ -205,19 +204,19 @@ def main(argv):
     parent, folder, inputs = labeller(run, config, args.teacher)
     K = len(content["classes"])
     if args.top_k and not 2 * args.top_k + 1 < K <= 2048:
-        raise BadInput(f"--top-k {args.top_k} found, must be below half the {K} classes, and they 2048: leave it out")
+        raise BadInput(f"--top-k {args.top_k} of {K} classes: 2k + 1 must be below that, that at most 2048: omit it")
     shape = args.keep_epochs, len(content["images"]), 2 * args.top_k + 1 if args.top_k else K
     size, path = 2 * math.prod(shape), folder / "soft_labels.npy"
     if not (folder / "log.jsonl").is_file() and size > (free := shutil.disk_usage(run).free):
         raise BadInput(f"--epochs {args.epochs}: soft labels need {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
                        "use --keep-epochs, --top-k or eval.py --online")
-    network, teacher, _ = recover.load_teacher(parent, device)
+    network, teacher, teacher_config = recover.load_teacher(parent, device)
     images, args.precision = content["images"].to(device), teacher["precision"]
     def label(epoch):
         views = draw_views(args.seed, epoch, len(images), images.shape[-1], args.scale, device)
         logits = soft_labels(network, teacher, images, views, args.batch)
         return compress(logits, args.top_k) if args.top_k else logits
-    settings = squeeze.settings(args, ("run", "images", "teacher", "batch"))     # batch changes no label
+    settings = squeeze.settings(args, ("run", "images", "teacher", "batch"))     # batch hardly does
     config = squeeze.open_run(folder, "relabel", settings, inputs, args.resume)
     if not config["artefacts"]:
         print(f"{path}: logits {list(shape)}, {size / 1e6:.2f} MB; images are {images.numel() / 1e6:.2f} MB")
@@ -225,7 +224,8 @@ def main(argv):
             write(path, shape, label)
         squeeze.finish_run(folder, config, [path.name], label_bytes=size)
     print(f"labels: {path}, {size / 1e6:.2f} MB, peak memory {recover.peak_memory(device):.0f} MB\n"
-          f"next: python eval.py {run}" + (f" --teacher {args.teacher}" if args.teacher else ""))
+          f"next: python eval.py {run}" + (f" --teacher {args.teacher}" if args.teacher else "")
+          + " --validate" * teacher_config["settings"]["validate"])
 
 if __name__ == "__main__":
     squeeze.script(main)

@@ -89,7 +89,9 @@ def script(main):
         return main(sys.argv[1:])
     except (BadInput, OSError) as error:
         reason = str(error) if isinstance(error, BadInput) else f"{error}: mend that, then go on with --resume"
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as error:           # on a CPU torch raises a plain one
+        if "memory" not in f"{type(error).__name__} {error}".lower():
+            raise
         reason = "out of memory: lower --batch, then --resume"
     except KeyboardInterrupt:
         reason = "interrupted; the same command with --resume goes on"
@@ -146,8 +148,7 @@ def download(url, md5, root):
         raise BadInput(f"--data {root}: {url} cannot be downloaded, {type(error).__name__}: unpack it there") from error
 
 class Plain(pickle.Unpickler):
-    """Reads the pickles of CIFAR, anybody's copy. Whatever it calls by one of these names is ours, all else is refused:
-    no code of it runs, and it gets no memory that its own bytes do not fill."""
+    """Reads CIFAR's pickles, anybody's copy, by names that are ours alone: no code of it runs, none claims memory."""
     def find_class(self, module, name):
         return {"_reconstruct": lambda *claims: np.empty(0, np.uint8), "ndarray": None,
                 "dtype": lambda code, *rest: np.dtype({code: code for code in ("u1", "i4", "i8")}[code]),
@@ -221,6 +222,8 @@ def load_data(name, root, size=None, classes=None, validate=None):
         by_class = [(train.labels == c).nonzero()[:, 0] for c in train.labels.unique()]
         parts = zip(*(own.tensor_split([len(own) * 9 // 10]) for own in by_class))
         train, test = (select(train, torch.cat(part).sort().values) for part in parts)
+        if not len(train.labels):
+            raise BadInput(f"--validate: one image a class in {root}, none to hold out: leave it out")
     content = train.images.numpy().tobytes() if torch.is_tensor(train.images) else "".join(
         f"{os.path.relpath(path, root)} {os.path.getsize(path)}\n" for path in train.images).encode()
     digest = hashlib.sha256(train.labels.numpy().tobytes() + content).hexdigest()
@@ -358,7 +361,7 @@ def save(path, content):
 
 def read_json(path):
     """The content of a JSON file of a run folder, {} if there is none, checked against the hash it carries."""
-    with contextlib.suppress(ValueError, AttributeError, OSError, RecursionError):
+    with contextlib.suppress(ValueError, TypeError, AttributeError, OSError, RecursionError):
         content = json.loads(path.read_text()) if path.exists() else {}
         if content.pop("sha256", None) in (None, hashlib.sha256(json.dumps(content).encode()).hexdigest()):
             return content
@@ -420,8 +423,8 @@ def open_run(folder, stage, settings, inputs, resume):
         raise BadInput(f"{folder}: in use: add --resume to continue what is there, or remove the folder")
     config = read_config(folder, stage, True)
     now, then = {**settings, **inputs}, {**config["settings"], **config["inputs"]}         # hashes stand for paths
-    for key in [key for key in {**then, **now} if now.get(key) != then.get(key)]:
-        raise BadInput(f"--resume {folder}: {key} is {now.get(key)!r} now and was {then.get(key)!r}: give that again")
+    for k in [key for key in {**then, **now} if now.get(key) != then.get(key)]:
+        raise BadInput(f"{stage}.py --resume {folder}: {k} is {now.get(k)!r} now and was {then.get(k)!r}: give that")
     return config
 
 def finish_run(folder, config, artefacts, **results):

@@ -1,7 +1,9 @@
 """Data sets that are files, the way out to other code and back, and labels at scale."""
 import json
+import re
 import shutil
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -80,6 +82,24 @@ def test_folder_runs_end_to_end_and_the_size_is_remembered(folder, capsys):
     assert "plan: 2 rounds of 2 images, 2 batches of 2 iterations" in capsys.readouterr().out
     one_line(squeeze.main, ["--size", "32"], "--size", "folder")
     one_line(squeeze.main, ["--pretrained"], "--pretrained", "imagenet")
+    squeeze.main(["--dataset", "folder", "--data", str(folder), "--size", "16", "--network", "convnet", "--epochs", "1"])
+    one_line(relabel.main, [run, "--teacher", "runs/folder-set-convnet-size16-epochs1"], "--teacher", "another size")
+    assert not list(Path(run).glob("labels-*"))
+
+
+def test_the_next_command_can_be_typed(here, capsys):
+    """As printed, of a teacher that has held images out too; and a set of one image a class has none to hold out."""
+    small = ["--classes", "3", "--epochs", "1", "--validate"]
+    squeeze.main(small)
+    recover.main(["--teacher", "runs/toy-convnet-classes3-epochs1-validate", "--ipc", "1", "--iterations", "1"])
+    relabel.main(["runs/toy-convnet-classes3-epochs1-validate/cfm-ipc1-iterations1", "--epochs", "2"])
+    commands = re.findall(r"next: python eval.py (.*)", capsys.readouterr().out)
+    assert len(commands) == 2 and commands[0] == commands[1] and commands[0].endswith(" --validate")
+    evaluation.main([*commands[1].split(), "--seeds", "1"])
+    for part in ("train", "val"):
+        for name in ("cat", "dog"):
+            picture(Path("set") / part / name / "0.jpg")
+    one_line(squeeze.main, ["--dataset", "folder", "--data", "set", "--validate"], "--validate", "none to hold out")
 
 
 def tiny(root):
@@ -207,6 +227,9 @@ def test_export_reads_back_to_the_same_accuracy(here):
     evaluation.main([back, "--seeds", "1"])
     results = [json.loads(Path(f"{r}/result.json").read_text())["convnet-epochs4"] for r in (run, back)]
     assert results[0]["averaged"] == results[1]["averaged"] and results[0]["raw"] == results[1]["raw"]
+    shutil.rmtree(back)
+    one_line(relabel.main, ["runs/toy-convnet", "--images", "images-of-mine", "--top-k", "2"], "--top-k 2")
+    relabel.main(["runs/toy-convnet", "--images", "images-of-mine", "--epochs", "1"])      # and then nothing is in the way
     one_line(evaluation.main, [run, "--export", "images-of-mine"], "--export", "not an empty folder")
     one_line(relabel.main, ["runs/toy-convnet", "--images", "nowhere"], "nowhere: Found no valid file")
     Path("images-of-mine/zebra").mkdir()
@@ -240,7 +263,7 @@ def test_ways_to_store_fewer_labels(here, monkeypatch):
     assert json.loads((run / "result.json").read_text())["convnet-epochs4"]["label_bytes"] == 2 * 2 * 8 * 4
     whole = relabel.expand(torch.from_numpy(np.load(run / "labels" / "soft_labels.npy")[1]).float(), 4)
     shutil.rmtree(run / "labels"), (run / "result.json").unlink()
-    one_line(relabel.main, [run, "--top-k", "2"], "--top-k 2", "half the 4 classes")
+    one_line(relabel.main, [run, "--top-k", "2"], "--top-k 2 of 4 classes")
     assert not (run / "labels").exists()
     relabel.main([str(run), "--epochs", "4", "--keep-epochs", "2", "--top-k", "1"])
     stored = torch.from_numpy(np.load(run / "labels" / "soft_labels.npy")).float()
@@ -251,6 +274,7 @@ def test_ways_to_store_fewer_labels(here, monkeypatch):
     evaluation.main([str(run), "--seeds", "1", "--epochs", "2"])
     row = json.loads((run / "result.json").read_text())["convnet-epochs2"]
     assert row["label_bytes"] == 2 * 2 * 8 * 3 and row["views"]["top_k"] == 1
+    one_line(evaluation.main, [run, "--resume", "--temperature", "4"], "--temperature 4.0", "--top-k")
 
 
 def test_compressed_labels_keep_the_mass():
@@ -319,6 +343,12 @@ def test_report(here):
     assert (out / "psd.svg").read_text().count("<polyline") == 2
     assert "cfm-ipc2-iterations3 round 2" in (out / "filters.svg").read_text()
     assert Image.open(out / "grid.png").size == (10 * 33 + 1, 4 * 33 + 1)
+    for name in ["layout0-rows", "layout0-columns", "layout1-rows", "layout1-columns"]:
+        (Path("grey <& flat>") / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32), "grey").save(Path("grey <& flat>") / name / "0.png")
+    relabel.main(["runs/toy-convnet", "--images", "grey <& flat>", "--epochs", "1"])
+    evaluation.main(["runs/toy-convnet/grey <& flat>", "--report"])
+    assert "grey <& flat>" in [e.text for e in ElementTree.parse(out / "psd.svg").iter()]
     shutil.copytree("runs/toy-convnet", "runs/other-convnet")
     one_line(evaluation.main, [runs[0], "runs/other-convnet/real-ipc2", "--report"], "--report", "other-convnet")
     (Path(runs[0]) / "images.pt").unlink()

@@ -123,8 +123,8 @@ def test_no_flipped_byte_of_a_json_goes_unseen(tmp_path):
                 assert squeeze.read_json(path)["convnet"] == content["convnet"]     # the flip hit a space
             except BadInput as error:
                 assert "result.json: damaged: remove it" in str(error)
-    for cut in range(len(raw) - 1):
-        path.write_bytes(raw[:cut])
+    for broken in [raw[:cut] for cut in range(len(raw) - 1)] + [b"[]", b"[1, 2]", b"7", b"null"]:
+        path.write_bytes(broken)
         with pytest.raises(BadInput):
             squeeze.read_json(path)
 
@@ -313,6 +313,11 @@ def test_labels_that_do_not_fit_are_refused(tmp_path):
     for bad in (holed, fine + np.float16(math.inf), fine[:1], fine.astype(np.float32), fine[..., :2], fine[..., 0]):
         np.save(path, bad)
         one_line(lambda flags: relabel.check_labels(path, (2, 8, 4)), [], "soft_labels.npy", "remove")
+    with open(path, "wb") as file:                         # another kind of file
+        np.savez(file, fine)
+    one_line(lambda flags: relabel.check_labels(path, (2, 8, 4)), [], "soft_labels.npy")
+    path.write_bytes(b"")
+    one_line(lambda flags: relabel.check_labels(path, (2, 8, 4)), [], "soft_labels.npy")
     for good in (fine, fine[..., :3]):                     # all logits, or --top-k 1
         np.save(path, good)
         relabel.check_labels(path, (2, 8, 4))
@@ -481,9 +486,18 @@ def test_out_of_memory_is_not_a_broken_teacher(here, monkeypatch):
         recover.load_teacher("runs/toy-convnet", torch.device("cpu"))
 
 
+def test_out_of_memory_is_one_line_on_a_cpu_too(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["recover.py"])
+    with pytest.raises(SystemExit, match="recover.py: out of memory: lower --batch"):
+        squeeze.script(lambda flags: torch.empty(10**16))
+    with pytest.raises(RuntimeError, match="invalid for input of size"):       # another one is a bug, and shown as such
+        squeeze.script(lambda flags: torch.empty(3).view(2))
+
+
 def test_a_setting_of_an_older_version_is_not_overlooked(tmp_path):
     squeeze.open_run(tmp_path, "relabel", {"epochs": 3, "top_k": 2}, {}, True)
-    one_line(lambda flags: squeeze.open_run(tmp_path, "relabel", {"epochs": 3}, {}, True), [], "top_k is None now and was 2")
+    one_line(lambda flags: squeeze.open_run(tmp_path, "relabel", {"epochs": 3}, {}, True), [], "relabel.py --resume",
+             "top_k is None now and was 2")
 
 
 def test_a_class_name_leads_nowhere_on_the_way_in(here):
