@@ -122,8 +122,7 @@ def view_statistics(images, network, layers, rng, job, args):
 
 def make_batch(job, args, images, classes, memory, rng):
     """T Adam steps on images [B, 3, S, S] of `classes` [B], uint8 to uint8, against CE + gamma * job.loss(layers,
-    memory, job.step) of a random view. Returns the images and EMU's memory {layer: Statistics} with them in it. step:
-    see merge. job.report(t, cross-entropy, matching loss, mean pixel, layers) is called each job.every steps, last."""
+    memory, job.step) of a random view; job.report: see progress. Returns images and EMU's memory, with them in it."""
     teacher, T = job.teacher, args.iterations
     mean, std = (squeeze.constant(tuple(teacher[v]), images.device) for v in ("mean", "std"))
     x = squeeze.normalise(images, teacher["mean"], teacher["std"]).contiguous()    # as grid_sample's gradient will be
@@ -141,7 +140,7 @@ def make_batch(job, args, images, classes, memory, rng):
             with torch.no_grad():
                 x.clamp_(black, white)
             if (t + 1) % job.every == 0 or t + 1 == T:     # reading a number waits for the GPU
-                job.report(t + 1, entropy.item(), matching.item(), x.mean().item(), layers)
+                job.report(t + 1, (entropy.item(), matching.item(), x.mean().item()), layers)
         images = ((x.detach() * std + mean) * 255).round().to(torch.uint8)     # a cast alone darkens by half a level
         if args.emu != "off":
             memory = spectral.merge(memory, view_statistics(images, network, layers, rng, job, args), job.step)
@@ -170,6 +169,21 @@ def starting_images(data, ipc, confidence=None):
             raise BadInput(f"--ipc {ipc}: class {name!r} has {len(own)} training images; use at most that many")
     return torch.stack(columns, 1)
 
+def progress(job, args, b, t, found, layers):
+    """Print where batch b is. found: cross-entropy, matching loss, mean pixel; what is not finite is an error."""
+    steps, seconds, k = b * args.iterations + t, time.time() - job.began, b * args.ipc // job.total
+    left = (job.total * args.iterations - steps) * seconds / steps
+    print(f"round {k + 1}/{args.ipc} batch {b + 1}/{job.total} iteration {t}/{args.iterations}  CE {found[0]:.3f}  "
+          f"matching {found[1]:.4g}  {steps / seconds:.1f} it/s  {left / 60:.1f} min left", flush=True)
+    if not math.isfinite(sum(found)):
+        if job.every > 1:                                  # one of the last hundred: distil repeats them
+            raise FloatingPointError
+        odd = "".join([f" in layer {n}" for n, layer in layers.items() if not layer.uncentred.isfinite().all()][:1])
+        raise BadInput(f"{job.folder}: CE {found[0]:.3g}, matching {found[1]:.3g}, mean pixel {found[2]:.3g}: not "
+                       f"finite in batch {b + 1} at iteration {t}{odd}: lower --lr or raise --alpha-max")
+    if t == args.iterations:
+        squeeze.log(job.folder, batch=b + 1, round=k, ce=found[0], matching=found[1])
+
 def distil(job, args):
     """Make all batches of a run, round by round. A finished one goes to the disk at once, and memory.pt says how many
     there are and holds the EMU: a killed run goes on with the next, and memory does not grow with IPC. Returns seconds.
@@ -182,25 +196,11 @@ def distil(job, args):
             squeeze.load_state(job.folder / f"batch{b + 1}.pt", f"remove {job.folder} and start again")
         print(f"resuming after batch {done['b']}")
     memory = {name: spectral.Statistics(*parts).to(device) for name, parts in done["layers"].items()}
-    loss, total, start = objective(job, args), args.ipc * len(chunks), time.time() - done["seconds"]
-    def report(b, k, t, entropy, matching, pixels, layers):
-        steps, seconds = b * args.iterations + t, time.time() - start
-        left = (total * args.iterations - steps) * seconds / steps
-        print(f"round {k + 1}/{args.ipc} batch {b + 1}/{total} iteration {t}/{args.iterations}  CE {entropy:.3f}  "
-              f"matching {matching:.4g}  {steps / seconds:.1f} it/s  {left / 60:.1f} min left", flush=True)
-        if not math.isfinite(entropy + matching + pixels):
-            if job.every > 1:
-                raise FloatingPointError
-            odd = "".join([f" in layer {n}" for n, layer in layers.items() if not layer.uncentred.isfinite().all()][:1])
-            raise BadInput(f"{job.folder}: CE {entropy:.3g}, matching {matching:.3g}, mean pixel {pixels:.3g}: not "
-                           f"finite in batch {b + 1} at iteration {t}{odd}: lower --lr or raise --alpha-max")
-        if t == args.iterations:
-            squeeze.log(job.folder, batch=b + 1, round=k, ce=entropy, matching=matching)
-    for b in range(done["b"], total):
+    loss, job.total, job.began = objective(job, args), args.ipc * len(chunks), time.time() - done["seconds"]
+    for b in range(done["b"], job.total):
         k, classes = b // len(chunks), chunks[b % len(chunks)]
-        # Eq. 17, or all feature vectors as one set; for H^T H / n of equal batches both are the same
-        job.step = b + 1 if args.emu == "paper" and args.centred else None
-        job.loss, job.report = partial(loss, k), partial(report, b, k)
+        job.step = b + 1 if args.emu == "paper" and args.centred else None     # Eq. 17; pooling is that for H^T H / n
+        job.loss, job.report = partial(loss, k), partial(progress, job, args, b)
         for job.every in (100, 1):                         # what is not finite is made once more, step by step
             rng = np.random.default_rng([args.seed, b])    # depends on nothing before this batch
             images = job.start(job, k, classes, rng).to(device)
@@ -210,8 +210,8 @@ def distil(job, args):
                 break
         squeeze.save(job.folder / f"batch{b + 1}.pt", images.cpu())        # whoever finds the count finds the images
         layers = {name: tuple(layer) for name, layer in memory.items()}
-        squeeze.save(path, dict(b=b + 1, layers=layers, seconds=time.time() - start))
-    return time.time() - start
+        squeeze.save(path, dict(b=b + 1, layers=layers, seconds=time.time() - job.began))
+    return time.time() - job.began
 
 def finish(folder, config, teacher, args, seconds):
     """The batches become images.pt, and preview.png (a row a class)."""

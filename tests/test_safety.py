@@ -467,7 +467,7 @@ def test_a_batch_made_once_more_is_the_same(here, monkeypatch):
         calls.append(job.every)
         report = job.report
         if len(calls) == 2:
-            job.report = lambda t, entropy, *more: report(t, math.nan, *more)
+            job.report = lambda t, found, layers: report(t, (math.nan, *found[1:]), layers)
         try:
             return make(job, *rest)
         finally:
