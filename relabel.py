@@ -185,7 +185,7 @@ def parse(argv):
     add("--epochs", type=number(int, 1), help="of students (CIFAR 1000, or 100,000 views; toy 60; else 300)")
     add("--scale", type=number(float, 0, 1, strict=True), help="smallest crop, share of area (CIFAR, toy 0.08; 0.5)")
     add("--keep-epochs", type=number(int, 1), metavar="E", help="store E epochs, students cycle through them")
-    add("--top-k", type=number(int, 1), metavar="k", help="store the k largest logits, one for others (temperature 20)")
+    add("--top-k", type=number(int, 1), metavar="k", help="store the k largest logits (temperature 20; costs accuracy)")
     add("--batch", type=number(int, 1), default=500, help="images a forward pass (default 500)")
     add("--seed", type=number(int, 0), default=0, help="of the views (default 0)")
     args = parser.parse_args(argv)
