@@ -31,7 +31,7 @@ def mtt(args):
         return list(zip(("I", "x"), gradient_descent(eta, args.p), gradient_descent(eta, args.q)))
     return pairs
 
-# Beside the pairs: which FLC, and whether FFC is centred: not where theory has a linear head without bias (H^T H / n)
+# Then FLC, class-wise or mean, and whether FFC is centred: not where theory has a linear head without bias (H^T H / n)
 METHODS = {
     # Eq. 2: class means, || H^T Y - H_s^T Y_s ||. All-pass: nothing is weighted, so what is large dominates.
     "dm": (lambda args: [("x", identity)], "class", True),
