@@ -94,7 +94,7 @@ def check_labels(path, shape):
     raise BadInput(f"{path}: not finite float16 labels {shape}: remove {path.parent} and relabel")
 
 def write(path, shape, label):
-    """All epochs in order; label(epoch): what to store of one, [N, K]. Each is appended and flushed to the disk, then
+    """All epochs in order; label(epoch): what to store of one [N, width]. Each is appended, flushed to the disk, then
     log.jsonl tells its hash: a killed run goes on after those that are whole."""
     part, log, size, done = path.with_suffix(".npy.tmp"), path.with_name("log.jsonl"), 2 * math.prod(shape[1:]), 0
     sums = dict(re.findall(rb'"epoch": (\d+), "sha256": "(\w+)"', log.read_bytes() if log.is_file() else b""))

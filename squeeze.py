@@ -90,7 +90,7 @@ def script(main):
     except (BadInput, OSError) as error:
         reason = str(error) if isinstance(error, BadInput) else f"{error}: mend that, then go on with --resume"
     except (MemoryError, RuntimeError) as error:           # on a CPU torch raises a plain one
-        if "memory" not in f"{type(error).__name__} {error}".lower():
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
             raise
         reason = "out of memory: lower --batch, then --resume"
     except KeyboardInterrupt:
@@ -424,7 +424,7 @@ def open_run(folder, stage, settings, inputs, resume):
     config = read_config(folder, stage, True)
     now, then = {**settings, **inputs}, {**config["settings"], **config["inputs"]}         # hashes stand for paths
     for k in [key for key in {**then, **now} if now.get(key) != then.get(key)]:
-        raise BadInput(f"{stage}.py --resume {folder}: {k} is {now.get(k)!r} now and was {then.get(k)!r}: give that")
+        raise BadInput(f"{stage}.py --resume {folder}: {k} is {now.get(k)!r} now and was {then.get(k)!r}: use that")
     return config
 
 def finish_run(folder, config, artefacts, **results):

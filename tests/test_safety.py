@@ -493,6 +493,11 @@ def test_out_of_memory_is_one_line_on_a_cpu_too(monkeypatch):
     with pytest.raises(RuntimeError, match="invalid for input of size"):       # another one is a bug, and shown as such
         squeeze.script(lambda flags: torch.empty(3).view(2))
 
+    def illegal(flags):                                    # whatever it says of memory
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        squeeze.script(illegal)
+
 
 def test_a_setting_of_an_older_version_is_not_overlooked(tmp_path):
     squeeze.open_run(tmp_path, "relabel", {"epochs": 3, "top_k": 2}, {}, True)
