@@ -69,11 +69,13 @@ def crop_boxes(uniform, scale, ratio=(3 / 4, 4 / 3)):
     w, h = np.minimum(np.sqrt(area * shape), 1), np.minimum(np.sqrt(area / shape), 1)
     return torch.from_numpy(np.stack([w / 2 + x * (1 - w), h / 2 + y * (1 - h), w, h], 1).astype(np.float32))
 
-def crop_grid(boxes, flips, size):
-    """The sampling grid [B, S, S, 2] of crops `boxes` [B, 4] resized to S pixels, mirrored where `flips` [B] says."""
-    x, y, w, h = boxes.unbind(1)
-    theta = torch.stack([torch.where(flips, -w, w), 0 * x, 2 * x - 1, 0 * x, h, 2 * y - 1], 1).view(-1, 2, 3)
-    return F.affine_grid(theta, (len(boxes), 3, size, size), align_corners=False)
+def crop_grid(boxes, flips, size, roll=(0, 0)):
+    """The sampling grid [B, S, S, 2] of crops `boxes` [B, 4] resized to S pixels, mirrored where `flips` [B] says, then
+    rolled by (rows, columns): F.affine_grid's values without its product, since x is a column's and y a row's."""
+    line, (x, y, w, h) = torch.arange(1 - size, size, 2, device=boxes.device) / size, boxes.T.unsqueeze(-1)
+    x = 2 * x - 1 + torch.where(flips.unsqueeze(-1), -w, w) * line.roll(roll[1])
+    y = 2 * y - 1 + h * line.roll(roll[0])
+    return torch.stack(torch.broadcast_tensors(x[:, None], y[..., None]), -1)
 
 def resample(images, grid):
     """Bilinear values of float images [B, 3, S, S] at grid [B, S, S, 2], one batched call; channels last."""
@@ -107,7 +109,7 @@ def random_views(rng, T, images, smallest):
     boxes = crop_boxes(rng.random((T * B, 4)), (least, 1)).view(T, B, 4).to(device)
     flips = torch.from_numpy(rng.random((T, B)) < 0.5).to(device)
     rolls = rng.integers(0, 5, (T, 2)).tolist()            # of the grid, which rolls the view
-    return lambda images, t: resample(images, crop_grid(boxes[t], flips[t], S).roll(rolls[t], (1, 2)))
+    return lambda images, t: resample(images, crop_grid(boxes[t], flips[t], S, rolls[t]))
 
 @torch.no_grad()
 def view_statistics(images, network, layers, rng, job, args):
@@ -128,7 +130,7 @@ def make_batch(job, args, images, classes, memory, rng):
     x = squeeze.normalise(images, teacher["mean"], teacher["std"]).contiguous()    # as grid_sample's gradient will be
     network, view = job.network_for(job.network, x, classes), random_views(rng, T, x, job.smallest)
     black, white = -mean / std, (1 - mean) / std
-    optimizer = torch.optim.Adam([x.requires_grad_()], args.lr, betas=(0.5, 0.9))
+    optimizer = torch.optim.Adam([x.requires_grad_()], args.lr, betas=(0.5, 0.9), fused=True)
     Y = F.one_hot(classes, len(teacher["classes"])) if args.signal == "class" else None
     with spectral.collect_inputs(network, job.select, spectral.moments, Y) as layers:
         for t in range(T):
@@ -209,8 +211,7 @@ def distil(job, args):
                     images, memory = make_batch(job, args, images, classes.to(device), memory, rng)
                 break
         squeeze.save(job.folder / f"batch{b + 1}.pt", images.cpu())        # whoever finds the count finds the images
-        layers = {name: tuple(layer) for name, layer in memory.items()}
-        squeeze.save(path, dict(b=b + 1, layers=layers, seconds=time.time() - job.began))
+        squeeze.save(path, dict(b=b + 1, layers={n: (*s,) for n, s in memory.items()}, seconds=time.time() - job.began))
     return time.time() - job.began
 
 def finish(folder, config, teacher, args, seconds):

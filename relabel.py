@@ -44,8 +44,7 @@ def draw_views(seed, epoch, N, size, scale, device="cpu"):
 def patch_mask(patch, size):
     """bool [B, 1, S, S]: true where the partner's view is pasted."""
     left, top, right, bottom = patch.view(-1, 4, 1, 1, 1).unbind(1)
-    x = torch.arange(size, device=patch.device)
-    y = x[:, None]
+    x, y = (line := torch.arange(size, device=patch.device)), line[:, None]
     return (left <= x) & (x < right) & (top <= y) & (y < bottom)
 
 def render(images, views, index):

@@ -271,7 +271,7 @@ class _Ridge(torch.autograd.Function):
     @staticmethod
     def forward(psi, alpha):
         factor, info = torch.linalg.cholesky_ex((psi + psi.mT) / 2 + alpha * identity.matrix(psi))
-        factor.masked_fill_((info != 0)[..., None, None], math.nan)
+        factor.diagonal(0, -2, -1).masked_fill_((info != 0).unsqueeze(-1), math.nan)
         return torch.cholesky_inverse(factor)
 
     @staticmethod

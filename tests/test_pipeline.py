@@ -310,6 +310,17 @@ def test_uncentred_moments_are_h_transposed_h():
     assert torch.allclose(spectral.moments(H).uncentred, H.T @ H / len(H), rtol=1e-10)
 
 
+def test_crops_are_those_of_an_affine_grid():
+    """crop_grid against torch's affine_grid, mirrored and rolled, boxes as they are drawn."""
+    boxes = recover.crop_boxes(np.random.default_rng(0).random((6, 4)), (0.08, 1))
+    x, y, w, h = boxes.double().unbind(1)
+    flips = torch.arange(6) % 2 == 0
+    theta = torch.stack([torch.where(flips, -w, w), 0 * x, 2 * x - 1, 0 * x, h, 2 * y - 1], 1).view(-1, 2, 3)
+    for size, roll in ((7, (0, 0)), (32, (3, 0)), (32, (1, 4))):
+        wanted = F.affine_grid(theta, (6, 3, size, size), align_corners=False).roll(roll, (1, 2))
+        assert (recover.crop_grid(boxes, flips, size, roll) - wanted).abs().max() < 1e-6
+
+
 def test_view_statistics_are_those_of_the_views(here):
     """The statistics over random views of the saved images as one set (--emu paper: the mean of the views' ones), layer
     by layer, against a loop over single views."""
