@@ -84,8 +84,7 @@ def realistic_crops(job, args, candidates=300, crops=5):
         if len(first) < wanted:
             raise BadInput(f"--ipc {args.ipc}: {grid**2} crops an image of {len(own)} images of class {c}: lower it")
         chosen = views.view(crops, -1, 3, d, d)[which[first], first]
-        tiled = rearrange(chosen, "(gh gw n) c h w -> n c (gh h) (gw w)", gh=grid, gw=grid)[..., :S, :S]
-        made.append(tiled.to(torch.uint8).cpu())
+        made.append(rearrange(chosen, "(y x n) c h w -> n c (y h) (x w)", y=grid, x=grid)[..., :S, :S].byte().cpu())
     return torch.stack(made)
 
 # ---- The stage -------------------------------------------------------------------------------------------------------

@@ -85,10 +85,8 @@ def resample(images, grid):
 # ---- One batch -------------------------------------------------------------------------------------------------------
 def cfm_pairs(k, args):
     """CFM's pairs in round k (Eq. 18-20); of --filter high with alpha_max / 100 throughout, of low with f = lambda."""
-    alpha = args.alpha_max / 100 if args.filter == "high" else None
-    if args.filter == "cfm":
-        alpha = spectral.alpha_schedule(k, args.ipc, args.alpha_max, args.schedule)
-    pairs = spectral.cfm_pairs(alpha)
+    falling = spectral.alpha_schedule(k, args.ipc, args.alpha_max, args.schedule)
+    pairs = spectral.cfm_pairs({"cfm": falling, "high": args.alpha_max / 100, "low": None}[args.filter])
     return {"filter": pairs[:1], "signal": pairs[1:], "both": pairs}[args.loss]
 
 def objective(job, args):

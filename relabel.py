@@ -194,10 +194,9 @@ def parse(argv):
 
 def main(argv):
     args, device = parse(argv), squeeze.pick_device()
-    made = squeeze.read_config(args.run, "squeeze" if args.images else "recover")["settings"]
     run = import_images(Path(args.run), Path(args.images)) if args.images else args.run
     content, config, _ = load_run(run)
-    squeeze.fill(args, recipe(made["dataset"], len(content["images"])))
+    squeeze.fill(args, recipe(config["settings"]["dataset"], len(content["images"])))
     args.keep_epochs = min(args.keep_epochs or args.epochs, args.epochs)
     squeeze.show(args)
     parent, folder, inputs = labeller(run, config, args.teacher)

@@ -140,8 +140,11 @@ class _Covariance(torch.autograd.Function):
         with full_precision(G):
             A = (G + G.T) / len(X)
             row = g / len(X) - A @ mean
-            parts = [torch.addmm(row, rows, A).to(X.dtype) for rows in blocks(X)]
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
+            out, end = row.new_empty(X.shape, dtype=X.dtype), 0
+            for rows in blocks(X):
+                start, end = end, end + len(rows)
+                out[start:end] = torch.addmm(row, rows, A)
+            return out
 
 def moments(features: Tensor, labels: Tensor | None = None, layout: str | None = None) -> Statistics:
     """The Statistics of one batch, with gradient: Psi = X^T X / n - m m^T and m = X^T 1 / n (Eq. 15-16), X [n, C] the

@@ -123,7 +123,7 @@ def test_responses_agree_with_the_papers_table():
     for k in range(5):
         pairs = recover.cfm_pairs(k, Namespace(filter="cfm", loss="both", ipc=5, alpha_max=0.1, schedule="cosine"))
         assert {band(f) for _, f in pairs} == {"high"}
-    (g, f), _ = recover.cfm_pairs(0, Namespace(filter="low", loss="both", alpha_max=None))
+    (g, f), _ = recover.cfm_pairs(0, Namespace(filter="low", loss="both", ipc=5, alpha_max=0.1, schedule="cosine"))
     assert g == "I" and band(f) == "low"
 
 
