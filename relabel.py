@@ -44,8 +44,8 @@ def draw_views(seed, epoch, N, size, scale, device="cpu"):
 def patch_mask(patch, size):
     """bool [B, 1, S, S]: true where the partner's view is pasted."""
     left, top, right, bottom = patch.view(-1, 4, 1, 1, 1).unbind(1)
-    x, y = (line := torch.arange(size, device=patch.device)), line[:, None]
-    return (left <= x) & (x < right) & (top <= y) & (y < bottom)
+    at = torch.arange(size, device=patch.device)
+    return (left <= at) & (at < right) & (top <= at[:, None]) & (at[:, None] < bottom)
 
 def render(images, views, index):
     """The views of images[index]: float [B, 3, S, S] in levels 0..255. images: uint8 [N, 3, S, S]."""

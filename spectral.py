@@ -141,7 +141,7 @@ class _Covariance(torch.autograd.Function):
         with full_precision(G):
             A = (G + G.T) / len(X)
             row = g / len(X) - A @ mean
-            out, end = row.new_empty(X.shape, dtype=X.dtype), 0
+            out, end = row.new_empty(X.shape, dtype=X.dtype), 0        # row's: under vmap G may have an axis X lacks
             for rows in blocks(X):
                 start, end = end, end + len(rows)
                 out[start:end] = torch.addmm(row, rows, A)

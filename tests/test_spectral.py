@@ -556,6 +556,16 @@ def test_the_loss_leaves_autocast(dtype):
     assert relative(careless, wanted) < 0.03
 
 
+def test_a_stack_of_gradients_reaches_rows_in_blocks():
+    """Many gradients at once (vmap over G, not over X), where the rows are more than a block holds."""
+    X, G = torch.randn(40_000, 3, dtype=torch.float64, requires_grad=True), torch.randn(2, 3, 3, dtype=torch.float64)
+    assert len(list(sp.blocks(X))) > 1
+    psi = sp.moments(X).ffc
+    found, = torch.autograd.grad(psi, X, G, is_grads_batched=True)
+    for own, g in zip(found, G):
+        assert torch.allclose(own, (X - X.mean(0)).detach() @ (g + g.T) / len(X), rtol=1e-9, atol=1e-12)
+
+
 def test_vmap_over_a_stack():
     psi = torch.stack([random_psi(4) for _ in range(3)])
     assert torch.allclose(torch.func.vmap(lambda A: ridge_filter(A, 0.1))(psi), ridge_filter(psi, 0.1))
