@@ -129,7 +129,7 @@ class _Covariance(torch.autograd.Function):
             rows = rows - (mean := rows.mean(0))
             part = Statistics(len(rows), mean, rows.T @ rows / len(rows))
             seen = merge(seen.to(torch.float64), part.to(torch.float64)) if seen else part
-        return seen.ffc.to(mean), seen.mean.to(mean)
+        return seen.ffc.to(mean, copy=True), seen.mean.to(mean, copy=True)    # compiled 2.11 gives an alias no gradient
 
     @staticmethod
     def setup_context(ctx, inputs, output):

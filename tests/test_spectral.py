@@ -599,6 +599,9 @@ def test_compiled(backend):
         pytest.skip(f"no torch.compile here: {error}")
     assert torch.allclose(compiled, whole_loss(x))
     assert torch.allclose(torch.autograd.grad(compiled, x)[0], torch.autograd.grad(whole_loss(x), x)[0], atol=1e-6)
+    both = lambda x: sum(part.square().sum() for part in sp.moments(x)[1:3])   # the mean's own gradient, too
+    parts = [torch.autograd.grad(f(x), x)[0] for f in (torch.compile(both, backend=backend), both)]
+    assert parts[0].abs().sum() > 0 and torch.allclose(*parts, atol=1e-6)
 
 
 def test_every_example_in_the_docstrings():
