@@ -32,13 +32,13 @@ class Views(NamedTuple):
     partner: torch.Tensor       # [N] int64: whose view is pasted
     patch: torch.Tensor         # [N, 4] int64 pixels: left, top, right, bottom of what is pasted (CutMix)
 
-def draw_views(seed, epoch, N, size, scale, device="cpu"):
-    """The views of one epoch. Image i has row i of the stream of (seed, epoch): no batch, order or device enters.
-    CutMix as its paper has it: area share of the patch uniform in [0, 1], sides cut at the image's border."""
-    u = np.random.default_rng([seed, epoch]).random((N, 9))
+def draw_views(seed, epoch, N, size, scale, device="cpu", together=1):
+    """The views of an epoch, or of several in a row. Image i has row i of the stream of (seed, epoch): no batch, order,
+    device enters. CutMix as its paper has it: area share of the patch uniform in [0, 1], sides cut at the border."""
+    u = np.concatenate([np.random.default_rng([seed, e]).random((N, 9)) for e in range(epoch, epoch + together)])
     centre, half = u[:, 6:8] * size, np.sqrt(u[:, 5:6]) * size / 2
     patch = np.concatenate([centre - half, centre + half], 1).round().clip(0, size).astype(np.int64)
-    others = u[:, 4] < 0.5, (u[:, 8] * N).astype(np.int64), patch
+    others = u[:, 4] < 0.5, (u[:, 8] * N).astype(np.int64) + np.arange(len(u)) // N * N, patch
     return Views(recover.crop_boxes(u[:, :4], (scale, 1)).to(device), *(torch.from_numpy(v).to(device) for v in others))
 
 def patch_mask(patch, size):
@@ -48,16 +48,16 @@ def patch_mask(patch, size):
     return (left <= at) & (at < right) & (top <= at[:, None]) & (at[:, None] < bottom)
 
 def render(images, views, index):
-    """The views of images[index]: float [B, 3, S, S] in levels 0..255. images: uint8 [N, 3, S, S]."""
+    """The views at index [B], of images[index % N]: float [B, 3, S, S] in levels 0..255. images: uint8 [N, 3, S, S]."""
     size, both = images.shape[-1], torch.cat([index, views.partner[index]])
     grid = recover.crop_grid(views.boxes[both], views.flips[both], size)
-    own, pasted = recover.resample(images[both].float(), grid).chunk(2)
+    own, pasted = recover.resample(images[both % len(images)].float(), grid).chunk(2)
     return torch.where(patch_mask(views.patch[index], size), pasted, own)
 
 @torch.no_grad()
 def soft_labels(network, teacher, images, views, batch):
-    """The teacher's logits for one epoch's views of all images, in order: float32 [N, K] on the device."""
-    parts = (render(images, views, index) for index in torch.arange(len(images), device=images.device).split(batch))
+    """The teacher's logits for views of all images, in order: float32 [N, K] (or of several epochs) on the device."""
+    parts = (render(images, views, i) for i in torch.arange(len(views.flips), device=images.device).split(batch))
     return torch.cat([squeeze.forward(network, squeeze.normalise(x, teacher["mean"], teacher["std"])) for x in parts])
 
 # ---- Labels on disk, an epoch at a time, so that memory does not grow with the epochs --------------------------------
@@ -92,9 +92,9 @@ def check_labels(path, shape):
             return
     raise BadInput(f"{path}: not finite float16 labels {shape}: remove {path.parent} and relabel")
 
-def write(path, shape, label):
-    """All epochs in order; label(epoch): what to store of one [N, width]. Each is appended, flushed to the disk, then
-    log.jsonl tells its hash: a killed run goes on after those that are whole."""
+def write(path, shape, label, together):
+    """All epochs in order, `together` at a time; label(epoch, n): what to store of n from there, [n N, width]. They are
+    appended, flushed to the disk, log.jsonl tells their hashes: a killed run goes on after those that are whole."""
     part, log, size, done = path.with_suffix(".npy.tmp"), path.with_name("log.jsonl"), 2 * math.prod(shape[1:]), 0
     sums = dict(re.findall(rb'"epoch": (\d+), "sha256": "(\w+)"', log.read_bytes() if log.is_file() else b""))
     with squeeze.writing(part, "r+b" if part.exists() else "w+b") as file:     # mapped, a full disk would be a crash
@@ -102,17 +102,19 @@ def write(path, shape, label):
         header = file.tell()
         while sums.get(b"%d" % (done + 1)) == hashlib.sha256(file.read(size)).hexdigest().encode():
             done += 1
+        done -= done % together                            # a batch of other views has other last digits
         file.truncate(header + done * size)
     start = printed = time.time()
-    for epoch in range(done, shape[0]):
-        data = label(epoch).half().cpu().numpy().tobytes()
+    for epoch in range(done, shape[0], together):
+        end = min(epoch + together, shape[0])
+        data = label(epoch, end - epoch).half().cpu().numpy().tobytes()
         with squeeze.writing(part, "ab") as file:
             file.write(data)
-        squeeze.log(path.parent, epoch=epoch + 1, sha256=hashlib.sha256(data).hexdigest(), seconds=time.time() - start)
-        if time.time() - printed > 10 or epoch + 1 == shape[0]:
-            printed, rate = time.time(), (epoch + 1 - done) / (time.time() - start)
-            print(f"epoch {epoch + 1}/{shape[0]}  {rate * shape[1]:.0f} images/s  "
-                  f"{(shape[0] - epoch - 1) / rate / 60:.1f} min left", flush=True)
+        hashes = [hashlib.sha256(data[at:at + size]).hexdigest() for at in range(0, len(data), size)]
+        squeeze.log(path.parent, *(dict(epoch=e, sha256=sha256) for e, sha256 in enumerate(hashes, epoch + 1)))
+        if time.time() - printed > 10 or end == shape[0]:
+            printed, rate, left = time.time(), (end - done) / (time.time() - start), (shape[0] - end) / 60
+            print(f"epoch {end}/{shape[0]}  {rate * shape[1]:.0f} images/s  {left / rate:.1f} min left", flush=True)
     part.replace(path)
 
 # ---- The stage -------------------------------------------------------------------------------------------------------
@@ -210,8 +212,8 @@ def main(argv):
                        "use --keep-epochs, --top-k or eval.py --online")
     network, teacher, teacher_config = recover.load_teacher(parent, device)
     images, args.precision = content["images"].to(device), teacher["precision"]
-    def label(epoch):
-        views = draw_views(args.seed, epoch, len(images), images.shape[-1], args.scale, device)
+    def label(epoch, n):
+        views = draw_views(args.seed, epoch, len(images), images.shape[-1], args.scale, device, n)
         logits = soft_labels(network, teacher, images, views, args.batch)
         return compress(logits, args.top_k) if args.top_k else logits
     settings = squeeze.settings(args, ("run", "images", "teacher", "batch"))     # batch hardly does
@@ -219,7 +221,7 @@ def main(argv):
     if not config["artefacts"]:
         print(f"{path}: logits {list(shape)}, {size / 1e6:.2f} MB; images are {images.numel() / 1e6:.2f} MB")
         if not path.exists():                              # it does if a run was killed at the very end
-            write(path, shape, label)
+            write(path, shape, label, max(1, args.batch // len(images)))
         squeeze.finish_run(folder, config, [path.name], label_bytes=size)
     print(f"labels: {path}, {size / 1e6:.2f} MB, peak memory {recover.peak_memory(device):.0f} MB\n"
           f"next: python eval.py {run}" + (f" --teacher {args.teacher}" if args.teacher else "")

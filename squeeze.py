@@ -375,9 +375,9 @@ def load_state(path, remedy="remove it and make it again"):
             return torch.load(path, weights_only=True, map_location="cpu")
     raise BadInput(f"{path}: missing, damaged, or more than tensors: {remedy}")
 
-def log(folder, **entry):
+def log(folder, *entries, **entry):
     with writing(folder / "log.jsonl", "a") as file:
-        file.write(json.dumps(entry) + "\n")
+        file.writelines(json.dumps(line) + "\n" for line in entries or [entry])
 
 def read_config(folder, stage, unfinished=False):
     """config.json of a run of `stage`; of a finished one, unless `unfinished` ones will do."""

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -23,6 +24,13 @@ def teacher(tmp_path_factory):
         made, = Path("runs").iterdir()
         made.rename("runs/toy-convnet")                    # where recover.py looks for toy's teacher
     return here
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """What promises the same bytes promises them on a CPU: some of CUDA's kernels add up in any order."""
+    monkeypatch.setattr(squeeze, "pick_device", lambda: torch.device("cpu"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture

@@ -254,7 +254,7 @@ def test_ways_to_store_fewer_labels(here, monkeypatch):
     assert stored == {**stored, **asked} and asked.keys() == {"epochs", "keep_epochs", "scale", "seed"}
     assert result["convnet-epochs4"]["label_bytes"] == 2 * 4 * 8 * 4
     shutil.rmtree(run / "labels"), (run / "result.json").unlink()
-    relabel.main([str(run), "--epochs", "4", "--keep-epochs", "2"])
+    relabel.main([str(run), "--batch", "8", "--epochs", "4", "--keep-epochs", "2"])
     assert np.load(run / "labels" / "soft_labels.npy").shape == (2, 8, 4)
     draw, seen = relabel.draw_views, []
     monkeypatch.setattr(relabel, "draw_views", lambda seed, epoch, *rest: seen.append(epoch) or draw(seed, epoch, *rest))
@@ -265,7 +265,7 @@ def test_ways_to_store_fewer_labels(here, monkeypatch):
     shutil.rmtree(run / "labels"), (run / "result.json").unlink()
     one_line(relabel.main, [run, "--top-k", "2"], "--top-k 2 of 4 classes")
     assert not (run / "labels").exists()
-    relabel.main([str(run), "--epochs", "4", "--keep-epochs", "2", "--top-k", "1"])
+    relabel.main([str(run), "--batch", "8", "--epochs", "4", "--keep-epochs", "2", "--top-k", "1"])
     stored = torch.from_numpy(np.load(run / "labels" / "soft_labels.npy")).float()
     found = relabel.expand(stored[1], 4)
     assert stored.shape == (2, 8, 3) and torch.equal(found.max(1).values, whole.max(1).values)
@@ -303,7 +303,7 @@ def test_labels_that_are_there_are_checked_before_others_are_made(here):
 def test_relabel_resumes_to_the_same_labels(here, monkeypatch):
     recover.main(["--ipc", "2", "--iterations", "0"])
     run = Path("runs/toy-convnet/real-ipc2")
-    relabel.main([str(run), "--epochs", "4"])
+    relabel.main([str(run), "--batch", "8", "--epochs", "4"])
     whole = (run / "labels" / "soft_labels.npy").read_bytes()
     shutil.rmtree(run / "labels")
     draw, seen = relabel.draw_views, []
@@ -315,10 +315,42 @@ def test_relabel_resumes_to_the_same_labels(here, monkeypatch):
         return draw(seed, epoch, *rest)
     monkeypatch.setattr(relabel, "draw_views", dies)
     with pytest.raises(KeyboardInterrupt):
-        relabel.main([str(run), "--epochs", "4"])
+        relabel.main([str(run), "--batch", "8", "--epochs", "4"])
     one_line(evaluation.main, [run], "unfinished")
-    relabel.main([str(run), "--epochs", "4", "--resume"])
+    relabel.main([str(run), "--batch", "8", "--epochs", "4", "--resume"])
     assert seen == [0, 1, 2, 2, 3] and (run / "labels" / "soft_labels.npy").read_bytes() == whole
+
+
+def test_epochs_labelled_together_are_those_labelled_alone(here, monkeypatch):
+    """Views bit by bit, logits but for the last digits of a larger batch; and a kill between two batches, or inside one,
+    costs no more than that batch and no byte."""
+    images, both = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8), relabel.draw_views(3, 5, 8, 32, 0.08, together=2)
+    for epoch, index in zip((5, 6), torch.arange(16).split(8)):
+        alone = relabel.render(images, relabel.draw_views(3, epoch, 8, 32, 0.08), torch.arange(8))
+        assert torch.equal(relabel.render(images, both, index), alone)
+    recover.main(["--ipc", "2", "--iterations", "0"])
+    run = Path("runs/toy-convnet/real-ipc2")
+    path, made = run / "labels" / "soft_labels.npy", {}
+    for batch in (8, 27):                                  # of 8 images: an epoch at a time, or three; of 8 epochs
+        relabel.main([str(run), "--epochs", "8", "--batch", str(batch)])
+        made[batch], log = path.read_bytes(), (run / "labels" / "log.jsonl").read_text().splitlines(keepends=True)
+        config = squeeze.read_json(run / "labels" / "config.json")
+        if batch == 8:
+            one = torch.from_numpy(np.load(path)).float()
+            shutil.rmtree(run / "labels")
+    assert torch.allclose(torch.from_numpy(np.load(path)).float(), one, atol=2e-2) and len(log) == 8
+    draw, seen = relabel.draw_views, []
+    monkeypatch.setattr(relabel, "draw_views", lambda seed, epoch, *rest: (
+        seen.append((epoch, rest[-1])) or draw(seed, epoch, *rest)))
+    for lines, epochs, wanted in ((6, 6, [(6, 2)]), (8, 8, [(6, 2)]), (4, 5.5, [(3, 3), (6, 2)]),
+                                  (2, 3, [(0, 3), (3, 3), (6, 2)])):
+        squeeze.save(run / "labels" / "config.json", {**config, "artefacts": {}, "results": {}})
+        (run / "labels" / "log.jsonl").write_text("".join(log[:lines]))
+        path.unlink()
+        path.with_suffix(".npy.tmp").write_bytes(made[27][:int(128 + epochs * 64)])
+        seen.clear()
+        relabel.main([str(run), "--epochs", "8", "--batch", "27", "--resume"])
+        assert seen == wanted and path.read_bytes() == made[27]
 
 
 # ---- the report

@@ -172,7 +172,7 @@ def test_labels_of_a_killed_run_are_taken_as_far_as_they_are_whole(here, monkeyp
     """lines of log.jsonl and bytes of the next one; epochs of the file (of 8 images and 4 classes) after its header."""
     recover.main(["--iterations", "0", "--ipc", "2"])
     run = Path("runs/toy-convnet/real-ipc2")
-    relabel.main([str(run), "--epochs", "6"])
+    relabel.main([str(run), "--batch", "8", "--epochs", "6"])
     folder, path = run / "labels", run / "labels" / "soft_labels.npy"
     whole, log = path.read_bytes(), (folder / "log.jsonl").read_text().splitlines(keepends=True)
     assert len(whole) == 128 + 6 * 8 * 4 * 2
@@ -186,7 +186,7 @@ def test_labels_of_a_killed_run_are_taken_as_far_as_they_are_whole(here, monkeyp
         if name:
             (folder / name).write_bytes(whole[:int(128 + epochs * 64)])
         seen.clear()
-        relabel.main([str(run), "--epochs", "6", "--resume"])
+        relabel.main([str(run), "--batch", "8", "--epochs", "6", "--resume"])
         assert seen == list(range(max(0, min(lines, int(epochs or 0))), 6)) and path.read_bytes() == whole
         assert not (folder / "soft_labels.npy.tmp").exists()
 
@@ -194,7 +194,7 @@ def test_labels_of_a_killed_run_are_taken_as_far_as_they_are_whole(here, monkeyp
 def test_a_byte_that_flipped_in_unfinished_labels_costs_the_epochs_from_there(here, monkeypatch):
     recover.main(["--iterations", "0", "--ipc", "2"])
     run = Path("runs/toy-convnet/real-ipc2")
-    relabel.main([str(run), "--epochs", "6"])
+    relabel.main([str(run), "--batch", "8", "--epochs", "6"])
     folder, path = run / "labels", run / "labels" / "soft_labels.npy"
     whole, draw, seen = path.read_bytes(), relabel.draw_views, []
     squeeze.save(folder / "config.json", {**squeeze.read_json(folder / "config.json"), "artefacts": {}, "results": {}})
@@ -203,7 +203,7 @@ def test_a_byte_that_flipped_in_unfinished_labels_costs_the_epochs_from_there(he
     broken[128 + 3 * 64 + 7] ^= 4
     (folder / "soft_labels.npy.tmp").write_bytes(broken)
     monkeypatch.setattr(relabel, "draw_views", lambda seed, epoch, *rest: seen.append(epoch) or draw(seed, epoch, *rest))
-    relabel.main([str(run), "--epochs", "6", "--resume"])
+    relabel.main([str(run), "--batch", "8", "--epochs", "6", "--resume"])
     assert seen == [3, 4, 5] and path.read_bytes() == whole
 
 
@@ -211,7 +211,7 @@ def test_a_log_line_cut_off_is_not_counted_twice(here, monkeypatch):
     """The line after it continues it: together they are one, as they are one epoch."""
     recover.main(["--iterations", "0", "--ipc", "2"])
     run = Path("runs/toy-convnet/real-ipc2")
-    relabel.main([str(run), "--epochs", "6"])
+    relabel.main([str(run), "--batch", "8", "--epochs", "6"])
     whole, folder = (run / "labels" / "soft_labels.npy").read_bytes(), run / "labels"
     config, log = squeeze.read_json(folder / "config.json"), (folder / "log.jsonl").read_text().splitlines(keepends=True)
     squeeze.save(folder / "config.json", {**config, "artefacts": {}, "results": {}})
@@ -227,8 +227,8 @@ def test_a_log_line_cut_off_is_not_counted_twice(here, monkeypatch):
         return draw(seed, epoch, *rest)
     monkeypatch.setattr(relabel, "draw_views", dies)
     with pytest.raises(KeyboardInterrupt):
-        relabel.main([str(run), "--epochs", "6", "--resume"])
-    relabel.main([str(run), "--epochs", "6", "--resume"])
+        relabel.main([str(run), "--batch", "8", "--epochs", "6", "--resume"])
+    relabel.main([str(run), "--batch", "8", "--epochs", "6", "--resume"])
     assert seen == [2, 3, 4, 4, 5] and (folder / "soft_labels.npy").read_bytes() == whole
 
 
@@ -455,7 +455,7 @@ def test_what_turns_non_finite_is_named_and_the_last_good_batch_kept(here, monke
     assert Path("runs/toy-convnet/cfm-ipc3-iterations3/images.pt").is_file()
 
 
-def test_a_batch_made_once_more_is_the_same(here, monkeypatch):
+def test_a_batch_made_once_more_is_the_same(here, on_cpu, monkeypatch):
     """What was not finite once, and is the second time: the bytes of an undisturbed run, its memory not counted twice."""
     flags, make, calls = ["--iterations", "3", "--ipc", "3"], recover.make_batch, []
     recover.main(flags)
