@@ -45,8 +45,7 @@ METHODS = {
     "mtt": (mtt, "class", False),
     # Eq. 10-14: kernel ridge regression, H H^T + beta I by its dual: || (FFC + beta I)^-1 FLC - (...)_s ||.
     "frepo": (lambda args: [("x", ridge(args.beta))], "class", False)}
-# Today's rivals: SRe2L's pairs with other views (CDA) or weights (DWA); no step at all (RDED).
-METHODS.update(dict.fromkeys(("cda", "dwa", "rded"), METHODS["sre2l"]))
+METHODS.update(dict.fromkeys(("cda", "dwa", "rded"), METHODS["sre2l"]))        # other views; other weights; no step
 
 # ---- What the rivals change beside the pairs -------------------------------------------------------------------------
 def curriculum(progress):
@@ -98,9 +97,8 @@ def prepare(job, args):
                            f"use at most {2 / largest:.3g}, or leave it out to have it chosen")
     job.pairs_of = lambda k, args: METHODS[args.method][0](args)
     crops = functools.cache(lambda: realistic_crops(job, args))            # not before they are wanted
-    changes = {"cda": dict(smallest=curriculum), "dwa": dict(network_for=adjusted),
-               "rded": dict(start=lambda job, k, classes, rng: crops()[classes, k])}
-    vars(job).update(changes.get(args.method, {}))
+    vars(job).update({"cda": dict(smallest=curriculum), "dwa": dict(network_for=adjusted),
+                      "rded": dict(start=lambda job, k, classes, rng: crops()[classes, k])}.get(args.method, {}))
 
 def parse(argv):
     parser = squeeze.Parser(__doc__)
@@ -127,8 +125,7 @@ def parse(argv):
     return args
 
 def main(argv):
-    args = parse(argv)
-    recover.run(args, args.method, parse(["--method", args.method]), prepare)
+    recover.run(args := parse(argv), args.method, parse(["--method", args.method]), prepare)
 
 if __name__ == "__main__":
     squeeze.script(main)

@@ -40,7 +40,7 @@ LAYOUTS = {"plain": (2,), "map": (3, 4, 5), "tokens": (3, 4, 5)}       # and how
 single = lambda x: x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 full_precision = lambda x: torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) \
     else nullcontext()                                     # 3 us less, a dozen times a step
-blocks = lambda X: map(single, X.split(max(4096, min(2**19 // X.shape[1], 2**15), len(X) // 16)))   # no second X
+blocks = lambda X: map(single, X.split(max(4096 if X.is_cpu else 2**17, min(2**19 // X.shape[1], 2**15), len(X) // 16)))
 
 # ---- Features, the inputs of a frozen network's modules, and their FFC and FLC (Eq. 15-16) ---------------------------
 def is_main_convolution(name: str, module: nn.Module) -> bool:
@@ -214,9 +214,9 @@ low_pass.matrix = lambda psi: (psi + psi.mT) / 2
 def ridge(alpha: float) -> Callable:
     """f = 1 / (lambda + alpha), high-pass: flat below alpha, falling above (FrePo, CFM), with F = (Psi + alpha I)^-1
     (Eq. 18) by Cholesky. ValueError unless alpha > 0.
-    Relative errors in float32 at alpha = 1e-1, 1e-3, 1e-5, lambda_max 3 to 14: of a data set's F (C = 128) 2e-7, 9e-6,
-    3e-5; of ten images' (C = 2048, rank 9) 5e-7, 6e-5, 6e-3, CFM's gradient there 1e-5, 1e-3, 0.14. If Psi is singular
-    (few images) stay above 1e-6 lambda_max: `matching` refuses 1.2e-7 ||Psi||, 1e-6 if n <= C.
+    Float32's relative errors at alpha = 1e-1, 1e-3, 1e-5, lambda_max 3 to 14: a set's F (C = 128) 2e-7, 9e-6, 3e-5; ten
+    images' (C = 2048, rank 9) 5e-7, 6e-5, 6e-3, CFM's gradient there 1e-5, 1e-3, 0.14. `matching` refuses alpha below
+    1.2e-7 ||Psi||, 1e-6 if n <= C: where Psi is singular (few images) stay above 1e-6 lambda_max.
     >>> ridge(1.)(torch.tensor([0., 9.])), spectral_filter(torch.eye(2), ridge(0.25)).diagonal()
     (tensor([1.0000, 0.1000]), tensor([0.8000, 0.8000]))"""
     if not alpha > 0:
@@ -276,7 +276,10 @@ class _Ridge(torch.autograd.Function):
     def forward(psi, alpha):
         factor, info = torch.linalg.cholesky_ex((psi + psi.mT) / 2 + alpha * identity.matrix(psi))
         factor.diagonal(0, -2, -1).masked_fill_((info != 0).unsqueeze(-1), math.nan)
-        return torch.cholesky_inverse(factor)
+        if factor.is_cpu:                                  # on CUDA it takes a stack one by one, and waits for each
+            return torch.cholesky_inverse(factor)
+        root = torch.linalg.solve_triangular(factor, identity.matrix(factor), upper=False)
+        return root.mT @ root
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -355,8 +358,7 @@ def matching(real: dict, pairs: list | Callable, signal: str = "mean", centred: 
         if layers.keys() != real.keys():
             raise ValueError(f"layers: {sorted(layers)} found, the real side has {sorted(real)}")
         joined, total, dtype = merge(memory, layers, step), 0, next(iter(layers.values())).mean.dtype
-        singular = any(layer.count <= len(layer.mean) for layer in joined.values())
-        if ratio < torch.finfo(dtype).eps * (8 if singular else 1):
+        if ratio < torch.finfo(dtype).eps * (8 if any(s.count <= len(s.mean) for s in joined.values()) else 1):
             raise ValueError(f"alpha: {ratio:.1e} of ||Psi|| is below what {dtype} resolves: raise alpha")
         if signal == "class" and any(layer.share is None for layer in joined.values()):
             raise ValueError("labels: signal 'class' needs moments with labels")
