@@ -333,8 +333,7 @@ def run(args, method, defaults, prepare=lambda job, args: None):
           f"next: python eval.py {folder}" + " --validate" * teacher_config["settings"]["validate"])
 
 def main(argv):
-    args = parse(argv)
-    run(args, args.filter, parse([]))
+    run(args := parse(argv), args.filter, parse([]))
 
 if __name__ == "__main__":
     squeeze.script(main)

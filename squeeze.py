@@ -53,8 +53,7 @@ PRESETS = {
                      early=13, squeeze=SMALL, recover=dict(RECOVER, lr=0.25, batch=100)),
     "tiny": dict(FOLDER, mean=[0.4802, 0.4481, 0.3975], std=[0.2770, 0.2691, 0.2821], size=64,
                  squeeze=dict(LARGE, epochs=50, lr=0.2), recover=dict(RECOVER, alpha_max=1.0)),
-    "imagenet": dict(FOLDER, squeeze=dict(LARGE, schedule="step"), recover=dict(RECOVER, batch=500)),
-    "folder": FOLDER}
+    "imagenet": dict(FOLDER, squeeze=dict(LARGE, schedule="step"), recover=dict(RECOVER, batch=500)), "folder": FOLDER}
 
 # ---- Errors and flags ------------------------------------------------------------------------------------------------
 class BadInput(ValueError):
@@ -85,6 +84,7 @@ def number(kind, low, high=2**63 - 1, strict=False):
 def script(main):
     """Run a stage's main(): what the user can mend becomes one line on stderr and exit code 1."""
     keep_freed_memory()
+    torch.backends.cudnn.allow_tf32 = False                # PyTorch's default would round --precision float32 to 10 bits
     try:
         return main(sys.argv[1:])
     except (BadInput, OSError) as error:
@@ -100,8 +100,7 @@ def script(main):
 def keep_freed_memory():
     """Ask glibc to keep freed blocks: faulting large activations in again, page by page, is 40 % of a step on a CPU."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-4, 0)                                # M_MMAP_MAX: no block comes from mmap
-        libc.mallopt(-1, 2**31 - 1)                        # M_TRIM_THRESHOLD: the heap is never trimmed
+        libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)   # M_MMAP_MAX: none comes from mmap; M_TRIM_THRESHOLD: no trim
 
 def pick_device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

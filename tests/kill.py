@@ -20,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                    # CUDA does not survive a fork, nor add up in one order
 
 import torch  # noqa: E402
 

@@ -272,9 +272,15 @@ def test_what_emu_remembers(here, monkeypatch, kind, emu):
     save, look = squeeze.save, recover.view_statistics
     monkeypatch.setattr(squeeze, "save", lambda path, content: (
         memories.append(copy.deepcopy(content)) if path.name == "memory.pt" else None, save(path, content)))
-    monkeypatch.setattr(recover, "view_statistics", lambda *args: seen.append(look(*args)) or seen[-1])
+
+    def looked(*args):
+        found = look(*args)
+        seen.append({name: layer.to("cpu") for name, layer in found.items()})
+        return found
+    monkeypatch.setattr(recover, "view_statistics", looked)
     recover.main([*TINY, "--batch", "3", "--signal", kind, "--emu", emu])
-    memories = [{name: spectral.Statistics(*parts) for name, parts in memory["layers"].items()} for memory in memories]
+    memories = [{name: spectral.Statistics(*parts).to("cpu") for name, parts in memory["layers"].items()}
+                for memory in memories]
     assert len(memories) == 6 and [next(iter(memory.values())).count / 1024 for memory in
                                        memories] == np.cumsum(rows).tolist()
     for b in range(1, 7):
@@ -372,7 +378,7 @@ def test_a_batch_is_plain_adam_on_equation_20(here):
     assert (made - images.float()).abs().mean() > 5 and (made - wanted).abs().max() <= 1
 
 
-def test_same_seed_same_bytes_and_a_killed_run_resumes_to_them(here):
+def test_same_seed_same_bytes_and_a_killed_run_resumes_to_them(here, on_cpu):
     flags = ["--ipc", "6", "--iterations", "12"]
     run = here / "runs/toy-convnet/cfm-ipc6-iterations12"
     kept = []
