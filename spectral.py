@@ -274,7 +274,8 @@ class _Ridge(torch.autograd.Function):
 
     @staticmethod
     def forward(psi, alpha):
-        factor, info = torch.linalg.cholesky_ex((psi + psi.mT) / 2 + alpha * identity.matrix(psi))
+        (shifted := (psi + psi.mT) / 2).diagonal(0, -2, -1).add_(alpha)
+        factor, info = torch.linalg.cholesky_ex(shifted)
         factor.diagonal(0, -2, -1).masked_fill_((info != 0).unsqueeze(-1), math.nan)
         if factor.is_cpu:                                  # on CUDA it takes a stack one by one, and waits for each
             return torch.cholesky_inverse(factor)
