@@ -45,7 +45,7 @@ METHODS = {
     "mtt": (mtt, "class", False),
     # Eq. 10-14: kernel ridge regression, H H^T + beta I by its dual: || (FFC + beta I)^-1 FLC - (...)_s ||.
     "frepo": (lambda args: [("x", ridge(args.beta))], "class", False)}
-METHODS.update(dict.fromkeys(("cda", "dwa", "rded"), METHODS["sre2l"]))        # other views; other weights; no step
+METHODS.update(dict.fromkeys(("cda", "dwa", "rded"), METHODS["sre2l"]))    # with other views, weights; no step
 
 # ---- What the rivals change beside the pairs -------------------------------------------------------------------------
 def curriculum(progress):

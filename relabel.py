@@ -26,7 +26,7 @@ import squeeze
 from squeeze import BadInput, number
 
 class Views(NamedTuple):
-    """One random view of each of N images."""
+    """One random view of each of N images; or of several epochs, one after another: N is then so many times it."""
     boxes: torch.Tensor         # [N, 4] crop: centre x, centre y, width, height, as fractions of the image
     flips: torch.Tensor         # [N] bool
     partner: torch.Tensor       # [N] int64: whose view is pasted
@@ -34,7 +34,7 @@ class Views(NamedTuple):
 
 def draw_views(seed, epoch, N, size, scale, device="cpu", together=1):
     """The views of an epoch, or of several in a row. Image i has row i of the stream of (seed, epoch): no batch, order,
-    device enters. CutMix as its paper has it: area share of the patch uniform in [0, 1], sides cut at the border."""
+    device is in it. CutMix as its paper has it: area share of the patch uniform in [0, 1], sides cut at the border."""
     u = np.concatenate([np.random.default_rng([seed, e]).random((N, 9)) for e in range(epoch, epoch + together)])
     centre, half = u[:, 6:8] * size, np.sqrt(u[:, 5:6]) * size / 2
     patch = np.concatenate([centre - half, centre + half], 1).round().clip(0, size).astype(np.int64)
@@ -60,7 +60,7 @@ def soft_labels(network, teacher, images, views, batch):
     parts = (render(images, views, i) for i in torch.arange(len(views.flips), device=images.device).split(batch))
     return torch.cat([squeeze.forward(network, squeeze.normalise(x, teacher["mean"], teacher["std"])) for x in parts])
 
-# ---- Labels on disk, an epoch at a time, so that memory does not grow with the epochs --------------------------------
+# ---- Labels on disk, few epochs at a time, so that memory does not grow with the epochs ------------------------------
 def labeller(run, config, teacher):
     """Of the squeeze run `teacher` that labels a run (None: the one whose spectra were matched), checked to know the
     run's data set, image by image: (its folder, the folder of its labels, the hashes of what they are made from)."""
@@ -94,7 +94,7 @@ def check_labels(path, shape):
 
 def write(path, shape, label, together):
     """All epochs in order, `together` at a time; label(epoch, n): what to store of n from there, [n N, width]. They are
-    appended, flushed to the disk, log.jsonl tells their hashes: a killed run goes on after those that are whole."""
+    appended, flushed to the disk, log.jsonl tells their hashes: a killed run goes on after the last such group."""
     part, log, size, done = path.with_suffix(".npy.tmp"), path.with_name("log.jsonl"), 2 * math.prod(shape[1:]), 0
     sums = dict(re.findall(rb'"epoch": (\d+), "sha256": "(\w+)"', log.read_bytes() if log.is_file() else b""))
     with squeeze.writing(part, "r+b" if part.exists() else "w+b") as file:     # mapped, a full disk would be a crash

@@ -36,11 +36,11 @@ from torch import Tensor, nn
 __all__ = ["is_main_convolution", "collect_inputs", "Statistics", "moments", "merge", "real_statistics", "identity",
            "low_pass", "ridge", "gradient_descent", "spectral_filter", "alpha_schedule", "cfm_pairs", "matching"]
 LAYOUTS = {"plain": (2,), "map": (3, 4, 5), "tokens": (3, 4, 5)}       # and how many axes such features have
-# Statistics and filters never use half precision, whatever autocast is around.
+# Statistics and filters never use half precision, whatever autocast is around. Blocks fit a cache; a GPU wants few.
 single = lambda x: x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 full_precision = lambda x: torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) \
     else nullcontext()                                     # 3 us less, a dozen times a step
-blocks = lambda X: map(single, X.split(max(4096 if X.is_cpu else 2**17, min(2**19 // X.shape[1], 2**15), len(X) // 16)))
+blocks = lambda X: map(single, X.split(max(4096, min(2**19 // X.shape[1] if X.is_cpu else 2**15, 2**15), len(X) // 16)))
 
 # ---- Features, the inputs of a frozen network's modules, and their FFC and FLC (Eq. 15-16) ---------------------------
 def is_main_convolution(name: str, module: nn.Module) -> bool:

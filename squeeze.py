@@ -84,7 +84,7 @@ def number(kind, low, high=2**63 - 1, strict=False):
 def script(main):
     """Run a stage's main(): what the user can mend becomes one line on stderr and exit code 1."""
     keep_freed_memory()
-    torch.backends.cudnn.allow_tf32 = False                # PyTorch's default would round --precision float32 to 10 bits
+    torch.backends.cudnn.allow_tf32 = False                # by default convolutions in float32 keep 10 bits of it
     try:
         return main(sys.argv[1:])
     except (BadInput, OSError) as error:

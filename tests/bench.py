@@ -3,6 +3,7 @@
     python tests/bench.py                      all cases that fit the device
     python tests/bench.py --cases convnet-32-10 resnet18-32-100 --repetitions 5
     python tests/bench.py --growth             recover's time an image and memory against IPC and classes, alone
+    python tests/bench.py --operations         what a step asks of the device, views not counted, on the way that CUDA takes
     python tests/bench.py --parity DIR         image gradients at small alpha in a teacher's precision, against float64;
                                                --precision bfloat16: in that one (slow where it is emulated)
 
@@ -29,6 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval as evaluation
@@ -173,6 +175,30 @@ def parity(folder, precision):
             if old or emu == "no":
                 values = cosines(network, load(ipc - 1), labels, real, old, alpha)
                 print(f"{alpha:9.2g} {emu:>4s} {values[0]:14.3f} {values[1]:9.3f} {values[2]:16.3f}", flush=True)
+
+
+class Counted(TorchDispatchMode):
+    """Counts operations that give new tensors or write into old ones: on a GPU, about what is launched."""
+    seen = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        view = any(out.alias_info and not out.alias_info.is_write for out in function._schema.returns)
+        self.seen += not view
+        return function(*args, **(kwargs or {}))
+
+
+def operations(cases):
+    """A step's operations, of the reference and of ours: the difference of four steps and two, halved."""
+    torch.Tensor.is_cpu = False                            # what spectral.py asks
+    for case in cases:
+        counts = {}
+        for variant in ("reference", "ours"):
+            function, args = prepared(case, variant)
+            for T in (2, 4):
+                with Counted() as counts[T]:
+                    function(*args, T)
+            counts[variant] = (counts[4].seen - counts[2].seen) / 2
+        print(f"{case:18s} reference {counts['reference']:5.0f}, ours {counts['ours']:5.0f} operations a step")
 
 
 def check_agreement(case):
@@ -346,10 +372,13 @@ def main():
     parser.add_argument("--growth", action="store_true", help="only recover's growth; writes growth.json")
     parser.add_argument("--parity", metavar="DIR", help="only the table of cosines, of this squeeze run")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], help="--parity: instead of the teacher's")
+    parser.add_argument("--operations", action="store_true", help="only the operations a step")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--growth-of", nargs=2, type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     squeeze.keep_freed_memory()
+    if args.operations:
+        return operations(args.cases)
     if args.parity:
         return parity(args.parity, args.precision)
     if args.peak:

@@ -1,11 +1,11 @@
 #!/bin/bash
 # The rows of the results table that need a GPU, in the order of their worth. First what proves the code on CUDA: the
-# tests that skip themselves elsewhere, the benchmark and its check of gradients. Then, three students each: real images,
+# whole suite, the benchmark and its check of gradients. Then, three students each: real images,
 # RDED, the paper's settings and ours, under a teacher of as few epochs as recover.py makes it, one for all four;
 # and under the paper's teacher at IPC 50. Each stage prints its seconds and the time left. Measured on an H100, with jobs
-# beside it: the suite 1 minute (12 processes), the benchmark 20 s a case; ResNet-18 on CIFAR 3-7 s an epoch and 11 s of
+# beside it: the suite 1 minute (in 12 processes; here it is one), the benchmark 20 s a case; ResNet-18 on CIFAR 3-7 s an epoch and 11 s of
 # statistics, so a teacher of 13 epochs 1-2 minutes; IPC 10 in our settings 35-48 s to recover, 10-15 s to label, 2-3
-# minutes a student (10,000 steps, at IPC 1 too). Launches are the limit: rows side by side cost little more than one.
+# minutes a student (10,000 steps).
 #     bash tests/gpu.sh                                      all of it; run it again after a kill, it resumes
 #     ROWS=toy:1:3 NETWORK=convnet JOBS=1 bash tests/gpu.sh  a rehearsal of one row, minutes on a CPU
 # A row is DATASET:IPC:EPOCHS of the teacher. Flags of squeeze.py (--data DIR) can follow.

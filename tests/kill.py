@@ -35,7 +35,7 @@ RUN = TEACHER / "cfm-ipc3-iterations6-batch3"
 STAGES = {
     "squeeze": (squeeze, SQUEEZE),
     "recover": (recover, ["--teacher", TEACHER, "--ipc", "3", "--iterations", "6", "--batch", "3"]),
-    "relabel": (relabel, [RUN, "--epochs", "12"]),
+    "relabel": (relabel, [RUN, "--epochs", "12", "--batch", "25"]),
     "eval": (evaluation, [RUN, "--seeds", "2", "--epochs", "12"])}
 
 

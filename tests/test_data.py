@@ -247,6 +247,7 @@ def test_ways_to_store_fewer_labels(here, monkeypatch):
     one_line(relabel.main, [run, "--epochs", "3", "--keep-epochs", "4"], "--keep-epochs 4", "--epochs 3")
     one_line(relabel.main, [run, "--epochs", "1000000000000"], "soft labels need", "are free")
     evaluation.main([str(run), "--seeds", "1", "--epochs", "4", "--online"])
+    relabel.main([str(run), "--epochs", "4", "--batch", "8"])               # as --online asks: an epoch at a time
     evaluation.main([str(run), "--seeds", "1", "--epochs", "4", "--resume"])
     result = json.loads((run / "result.json").read_text())
     assert result["convnet-epochs4"]["averaged"] == result["convnet-epochs4-online"]["averaged"]

@@ -588,9 +588,10 @@ def test_second_derivatives_work_or_say_that_they_do_not():
 
 
 def test_the_inverse_that_cuda_takes(monkeypatch):
-    """By a triangular solve, and rows in one block: as exact as a CPU's, NaN where Psi is not positive definite."""
+    """By a triangular solve, and rows in fewer blocks: an inverse as exact as a CPU's, NaN where Psi is not positive
+    definite; sums to 1e-6 (here: CUDA's own are tested where there is one, by tests/bench.py)."""
     X = torch.randn(3, 40, 24, **f64)
-    psi, rows = X.mT @ X / 40, torch.randn(90_000, 8) + 5
+    psi, rows = X.mT @ X / 40, torch.randn(20_000, 128) + 1
     G, here = torch.randn(3, 24, 24, **f64), []
     for at in ("cpu", "cuda"):
         monkeypatch.setattr(torch.Tensor, "is_cpu", at == "cpu", raising=False)
@@ -600,11 +601,11 @@ def test_the_inverse_that_cuda_takes(monkeypatch):
         F32 = ridge_filter(psi.float(), 1e-3)
         here.append((F, *torch.autograd.grad(F, leaf, G), relative(F32.double(), F), *sp.moments(rows)[1:3]))
         assert ridge_filter(-psi, 1e-3).isnan().any((1, 2)).all()
-        assert len(list(sp.blocks(rows))) == (3 if at == "cpu" else 1)
+        assert len(list(sp.blocks(rows))) == (5 if at == "cpu" else 1)
     cpu, cuda = here
     assert all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(cpu[:2], cuda[:2]))
     exact = sp.moments(rows.double())[1:3]
-    assert cuda[2] < 2 * cpu[2] < 1e-4 and all(relative(a.double(), b) < 5e-5 for a, b in zip((*cpu[3:], *cuda[3:]), exact * 2))
+    assert cuda[2] < 2 * cpu[2] < 1e-4 and all(relative(a.double(), b) < 2e-6 for a, b in zip((*cpu[3:], *cuda[3:]), exact * 2))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
