@@ -197,16 +197,17 @@ def strip(out, runs, columns=9, scale=3):
 
 
 def epochs(out):
-    """The record teacher-epochs as a picture: a colour for each IPC, real images dashed."""
+    """The record patient-age as a picture: a colour for each IPC, real images dashed."""
     sys.path.insert(0, str(TESTS.parent))
     import eval as evaluation
 
-    rows = {int(row["name"].split()[0]): row["name"] for row in read("teacher-epochs")["rows"]
-            if row["name"].split()[1].strip(",") == "epochs"}
-    curves = {f"IPC {ipc}, {kind}": (list(rows), [measured(*find("teacher-epochs", name, f"IPC {ipc}, {kind}"))[0]
-                                                  for name in rows.values()]) for ipc in (10, 1) for kind in ("CFM", "real")}
+    curves = {}
+    for column in ("IPC 10, CFM", "IPC 10, real", "IPC 1, CFM", "IPC 1, real"):
+        rows = [row["name"] for row in read("patient-age")["rows"] if column in row["cells"]]
+        curves[column] = ([int(name.split()[0]) for name in rows],
+                          [measured(*find("patient-age", name, column))[0] for name in rows])
     evaluation.svg(Path(out), curves, "CIFAR-10, students by the age of their teacher", "epochs of the teacher",
-                   "test accuracy in %", [label for label in curves if "real" in label])
+                   "accuracy on held-out images in %", [column for column in curves if "real" in column])
 
 
 if __name__ == "__main__":
