@@ -26,15 +26,15 @@ import squeeze
 from squeeze import BadInput, number
 
 class Views(NamedTuple):
-    """One random view of each of N images; or of several epochs, one after another: N is then so many times it."""
+    """One random view of each of N images. Of several epochs together: theirs one after another, as if of more images."""
     boxes: torch.Tensor         # [N, 4] crop: centre x, centre y, width, height, as fractions of the image
     flips: torch.Tensor         # [N] bool
     partner: torch.Tensor       # [N] int64: whose view is pasted
     patch: torch.Tensor         # [N, 4] int64 pixels: left, top, right, bottom of what is pasted (CutMix)
 
 def draw_views(seed, epoch, N, size, scale, device="cpu", together=1):
-    """The views of an epoch, or of several in a row. Image i has row i of the stream of (seed, epoch): no batch, order,
-    device is in it. CutMix as its paper has it: area share of the patch uniform in [0, 1], sides cut at the border."""
+    """The views of an epoch, or of several in a row. Image i has row i of the stream of (seed, epoch): no batch, no
+    order, no device. CutMix as its paper has it: area share of the patch uniform in [0, 1], sides cut at the border."""
     u = np.concatenate([np.random.default_rng([seed, e]).random((N, 9)) for e in range(epoch, epoch + together)])
     centre, half = u[:, 6:8] * size, np.sqrt(u[:, 5:6]) * size / 2
     patch = np.concatenate([centre - half, centre + half], 1).round().clip(0, size).astype(np.int64)

@@ -28,7 +28,7 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture
 def on_cpu(monkeypatch):
-    """What promises the same bytes promises them on a CPU: some of CUDA's kernels add up in any order."""
+    """What promises the same bytes promises them on a CPU: not all of CUDA's kernels are deterministic."""
     monkeypatch.setattr(squeeze, "pick_device", lambda: torch.device("cpu"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 

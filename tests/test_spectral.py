@@ -589,7 +589,7 @@ def test_second_derivatives_work_or_say_that_they_do_not():
 
 def test_the_inverse_that_cuda_takes(monkeypatch):
     """By a triangular solve, and rows in fewer blocks: an inverse as exact as a CPU's, NaN where Psi is not positive
-    definite; sums to 1e-6 (here: CUDA's own are tested where there is one, by tests/bench.py)."""
+    definite; sums to 2e-6 (a CPU's: CUDA's own are compared where there is one, by tests/bench.py)."""
     X = torch.randn(3, 40, 24, **f64)
     psi, rows = X.mT @ X / 40, torch.randn(20_000, 128) + 1
     G, here = torch.randn(3, 24, 24, **f64), []
