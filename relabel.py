@@ -26,7 +26,7 @@ import squeeze
 from squeeze import BadInput, number
 
 class Views(NamedTuple):
-    """One random view of each of N images. Of several epochs together: theirs one after another, as if of more images."""
+    """One random view of each of N images. Of several epochs: theirs one after another, as if of more images."""
     boxes: torch.Tensor         # [N, 4] crop: centre x, centre y, width, height, as fractions of the image
     flips: torch.Tensor         # [N] bool
     partner: torch.Tensor       # [N] int64: whose view is pasted
