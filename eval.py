@@ -117,11 +117,12 @@ def find_labels(job, args):
     labels = squeeze.read_config(job.stored, "relabel")
     if labels["inputs"] != job.inputs:
         raise BadInput(f"{job.stored}: made for other images or by another teacher: remove it and relabel again")
-    if labels["settings"].get("top_k") and args.temperature != 20:
+    if (k := labels["settings"].get("top_k")) and args.temperature != 20:
         raise BadInput(f"--temperature {args.temperature}: {job.stored} is of --top-k, made for 20: relabel without")
     if (args.epochs or 0) > labels["settings"]["epochs"]:
         raise BadInput(f"--epochs {args.epochs}: {job.stored} holds {labels['settings']['epochs']}: relabel with more")
-    shape = labels["settings"]["keep_epochs"], len(job.content["images"]), len(job.content["classes"])
+    width = 2 * k + 1 if k else len(job.content["classes"])
+    shape = labels["settings"]["keep_epochs"], len(job.content["images"]), width
     relabel.check_labels(squeeze.checked(job.stored, "soft_labels.npy", labels), shape)
     return labels["settings"], labels["artefacts"]["soft_labels.npy"], labels["results"]["label_bytes"]
 

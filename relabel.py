@@ -85,10 +85,10 @@ def expand(stored, K):
     return stored if stored.shape[1] == K else rest.repeat(1, K).scatter(1, classes.long().clamp(0, K - 1), top)
 
 def check_labels(path, shape):
-    """Refuse stored labels that do not fit [E, N, K], or [E, N, 2k + 1], whatever their config says."""
+    """Refuse stored labels that are not [E, N, K], or of --top-k [E, N, 2k + 1], whatever their hash says."""
     with contextlib.suppress(Exception):                   # they may be a stranger's and anything
-        found, shapes = np.load(path, mmap_mode="r"), [(*shape[:2], k) for k in (shape[2], *range(3, shape[2], 2))]
-        if found.dtype == np.float16 and found.shape in shapes and all(np.isfinite(epoch).all() for epoch in found):
+        found = np.load(path, mmap_mode="r")
+        if found.dtype == np.float16 and found.shape == shape and all(np.isfinite(epoch).all() for epoch in found):
             return
     raise BadInput(f"{path}: not finite float16 labels {shape}: remove {path.parent} and relabel")
 
@@ -189,17 +189,16 @@ def parse(argv):
     add("--top-k", type=number(int, 1), metavar="k", help="store the k largest logits (temperature 20; costs accuracy)")
     add("--batch", type=number(int, 1), default=500, help="images a forward pass (default 500)")
     add("--seed", type=number(int, 0), default=0, help="of the views (default 0)")
-    args = parser.parse_args(argv)
-    if (args.keep_epochs or 0) > (args.epochs or math.inf):
-        raise BadInput(f"--keep-epochs {args.keep_epochs} found, must be at most --epochs {args.epochs}")
-    return args
+    return parser.parse_args(argv)
 
 def main(argv):
     args, device = parse(argv), squeeze.pick_device()
     run = import_images(Path(args.run), Path(args.images)) if args.images else args.run
     content, config, _ = load_run(run)
     squeeze.fill(args, recipe(config["settings"]["dataset"], len(content["images"])))
-    args.keep_epochs = min(args.keep_epochs or args.epochs, args.epochs)
+    args.keep_epochs = args.keep_epochs or args.epochs
+    if args.keep_epochs > args.epochs:
+        raise BadInput(f"--keep-epochs {args.keep_epochs} found, must be at most --epochs {args.epochs}")
     squeeze.show(args)
     parent, folder, inputs = labeller(run, config, args.teacher)
     K = len(content["classes"])

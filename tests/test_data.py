@@ -245,6 +245,7 @@ def test_ways_to_store_fewer_labels(here, monkeypatch):
     recover.main(["--ipc", "2", "--iterations", "0"])
     run = Path("runs/toy-convnet/real-ipc2")
     one_line(relabel.main, [run, "--epochs", "3", "--keep-epochs", "4"], "--keep-epochs 4", "--epochs 3")
+    one_line(relabel.main, [run, "--keep-epochs", "61"], "--keep-epochs 61", "--epochs 60")        # the default's
     one_line(relabel.main, [run, "--epochs", "1000000000000"], "soft labels need", "are free")
     evaluation.main([str(run), "--seeds", "1", "--epochs", "4", "--online"])
     relabel.main([str(run), "--epochs", "4", "--batch", "8"])               # as --online asks: an epoch at a time

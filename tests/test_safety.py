@@ -310,7 +310,7 @@ def test_labels_that_do_not_fit_are_refused(tmp_path):
     path, fine = tmp_path / "soft_labels.npy", np.zeros((2, 8, 4), np.float16)
     holed = fine.copy()
     holed[1, 2, 3] = math.nan
-    for bad in (holed, fine + np.float16(math.inf), fine[:1], fine.astype(np.float32), fine[..., :2], fine[..., 0]):
+    for bad in (holed, fine + np.float16(math.inf), fine[:1], fine.astype(np.float32), fine[..., :3], fine[..., 0]):
         np.save(path, bad)
         one_line(lambda flags: relabel.check_labels(path, (2, 8, 4)), [], "soft_labels.npy", "remove")
     with open(path, "wb") as file:                         # another kind of file
@@ -320,7 +320,7 @@ def test_labels_that_do_not_fit_are_refused(tmp_path):
     one_line(lambda flags: relabel.check_labels(path, (2, 8, 4)), [], "soft_labels.npy")
     for good in (fine, fine[..., :3]):                     # all logits, or --top-k 1
         np.save(path, good)
-        relabel.check_labels(path, (2, 8, 4))
+        relabel.check_labels(path, good.shape)
     hostile = torch.tensor([[1.0, 0.0, 9.0], [1.0, 0.0, -7.0]])            # classes that are none
     assert relabel.expand(hostile, 4).tolist() == [[0, 0, 0, 1], [1, 0, 0, 0]]
 
