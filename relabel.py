@@ -208,7 +208,7 @@ def main(argv):
     size, path = 2 * math.prod(shape), folder / "soft_labels.npy"
     if not (folder / "log.jsonl").is_file() and size > (free := shutil.disk_usage(run).free):
         raise BadInput(f"--epochs {args.epochs}: soft labels need {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
-                       "use --keep-epochs, --top-k or eval.py --online")
+                       "use --keep-epochs or eval.py --online")
     network, teacher, teacher_config = recover.load_teacher(parent, device)
     images, args.precision = content["images"].to(device), teacher["precision"]
     def label(epoch, n):
