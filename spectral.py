@@ -213,10 +213,9 @@ low_pass.matrix = lambda psi: (psi + psi.mT) / 2
 
 def ridge(alpha: float) -> Callable:
     """f = 1 / (lambda + alpha), high-pass: flat below alpha, falling above (FrePo, CFM), with F = (Psi + alpha I)^-1
-    (Eq. 18) by Cholesky. ValueError unless alpha > 0.
-    Float32's relative errors at alpha = 1e-1, 1e-3, 1e-5, lambda_max 3 to 14: a set's F (C = 128) 2e-7, 9e-6, 3e-5; ten
-    images' (C = 2048, rank 9) 5e-7, 6e-5, 6e-3, CFM's gradient there 1e-5, 1e-3, 0.14. `matching` refuses alpha below
-    1.2e-7 ||Psi||, 1e-6 if n <= C: where Psi is singular (few images) stay above 1e-6 lambda_max.
+    (Eq. 18) by Cholesky. ValueError unless alpha > 0. Float32's relative errors at alpha = 1e-1, 1e-3, 1e-5: of F, of
+    ten images (C = 2048, rank 9, lambda_max 14), 5e-7, 6e-5, 6e-3, of CFM's gradient there 1e-5, 1e-3, 0.14. `matching`
+    refuses alpha below 1.2e-7 ||Psi||, 1e-6 if n <= C: where Psi is singular (few images) stay above 1e-6 lambda_max.
     >>> ridge(1.)(torch.tensor([0., 9.])), spectral_filter(torch.eye(2), ridge(0.25)).diagonal()
     (tensor([1.0000, 0.1000]), tensor([0.8000, 0.8000]))"""
     if not alpha > 0:
@@ -243,7 +242,7 @@ class _SpectralFilter(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, psi, f):
-        lam, U = torch.linalg.eigh(psi)
+        lam, U = torch.linalg.eigh(psi) if psi.isfinite().all() else (psi[..., 0] * math.nan, psi * math.nan)
         ctx.f = f
         ctx.save_for_backward(lam, U)
         return (U * f(lam).unsqueeze(-2)) @ U.mT
@@ -345,16 +344,16 @@ def matching(real: dict, pairs: list | Callable, signal: str = "mean", centred: 
     ValueError if real is not finite or lacks classes, layers lack labels or are not real's, or alpha is too small.
     >>> matching({"fc": moments(X := torch.rand(20, 4))}, cfm_pairs(0.1))({"fc": moments(X)})
     tensor(0.)"""
-    groups = {}
+    groups, norm = {}, {}
     for name, layer in real.items():
         groups.setdefault(len(layer.mean), []).append(name)
+        norm[name] = torch.linalg.matrix_norm(layer.ffc if centred else layer.uncentred).item() + 1e-300
         if not layer.uncentred.isfinite().all():
             raise ValueError(f"real: the statistics of {name!r} are not finite")
         if signal not in ("mean", "class") or signal == "class" and (layer.flc is None or not layer.share.all()):
             raise ValueError(f"signal {signal!r}: must be mean, or class with images of every class in real[{name!r}]")
     targets = [(names, *filtered([real[name] for name in names], pairs, signal, centred)) for names in groups.values()]
-    norm = [max(torch.linalg.matrix_norm(real[name].ffc).item() for name in names) + 1e-300 for names, *_ in targets]
-    ratio = min(getattr(f, "alpha", math.inf) / n for n, t in zip(norm, targets) for _, *fs in t[1] for f in fs)
+    ratio = min(getattr(f, "alpha", math.inf) / norm[n] for ns, t, _ in targets for n in ns for p in t for f in p[1:])
     def loss(layers, memory=None, step=None):
         if layers.keys() != real.keys():
             raise ValueError(f"layers: {sorted(layers)} found, the real side has {sorted(real)}")

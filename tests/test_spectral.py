@@ -307,6 +307,22 @@ def test_ridge_by_cholesky_equals_eigh_in_float32():
         assert relative(ridge_filter(psi, alpha), sp.spectral_filter(psi, lambda lam: 1 / (lam + alpha))) < 1e-5
 
 
+def test_features_that_are_not_finite_show_in_a_filter_by_eigenvalues():
+    """As NaN: LAPACK itself would raise, and no loss would be seen."""
+    psi = torch.full((2, 3, 3), math.inf, requires_grad=True)
+    found = sp.spectral_filter(psi, torch.exp)
+    found.sum().backward()
+    assert found.isnan().all() and found.shape == psi.shape and psi.grad.isnan().all()
+
+
+def test_alpha_is_held_against_the_matrix_that_is_filtered():
+    """With a large mean H^T H / n is far from the covariance, and so is the alpha that float32 resolves."""
+    layers = {"fc": sp.moments(torch.randn(300, 8) + 100)}
+    sp.matching(layers, sp.cfm_pairs(1e-3))(layers)
+    with pytest.raises(ValueError, match="alpha: .* raise alpha"):
+        sp.matching(layers, sp.cfm_pairs(1e-3), centred=False)(layers)
+
+
 def test_ridge_becomes_a_scaled_identity_as_alpha_grows():
     psi = random_psi()
     errors = [relative(alpha * ridge_filter(psi, alpha), torch.eye(7, **f64)) for alpha in (1e2, 1e4, 1e6)]
