@@ -65,26 +65,24 @@ def adjusted(network, x, classes, rho=0.015, steps=12):
     return network.requires_grad_(False)
 
 @torch.no_grad()
-def realistic_crops(job, args, candidates=300, crops=5):
-    """RDED (Sun et al., 2024): of 300 random images a class (more if wanted) the best of five square crops each, then
-    the best of those (least cross-entropy, border filled); beyond 64 px four make an image: uint8 [K, ipc, 3, S, S]."""
-    S, rng, made, teacher = job.data.size, np.random.default_rng(args.seed), [], job.teacher
+def realistic_crops(job, args, c, candidates=300, crops=5):
+    """RDED (Sun et al., 2024), class c: of 300 random images (more if wanted) the best of five square crops each, then
+    the best of those (least cross-entropy, border filled); beyond 64 px four make an image: uint8 [ipc, 3, S, S]."""
+    S, rng, teacher = job.data.size, np.random.default_rng([args.seed, c]), job.teacher
     grid, device = 2 if S > 64 else 1, next(job.network.parameters()).device
     d, wanted, upright = -(-S // grid), args.ipc * grid**2, torch.tensor(False, device=device)
-    for c in range(len(job.data.classes)):
-        own = rng.permutation((job.data.train.labels == c).nonzero()[:, 0].numpy())[:max(candidates, wanted)]
-        images = recover.take(job.data, job.data.train, torch.from_numpy(own)).to(device).repeat(crops, 1, 1, 1)
-        boxes = recover.crop_boxes(rng.random((len(images), 4)), (0.08, 1), (1, 1)).to(device)
-        views = recover.resample(images.float(), recover.crop_grid(boxes, upright, d)).round()
-        seen = F.pad(squeeze.normalise(views, teacher["mean"], teacher["std"]), 2 * ((S - d) // 2, (S - d + 1) // 2))
-        loss = torch.cat([-squeeze.forward(job.network, part).log_softmax(1)[:, c] for part in seen.split(500)])
-        best, which = loss.view(crops, -1).min(0)
-        first = best.argsort(stable=True)[:wanted]
-        if len(first) < wanted:
-            raise BadInput(f"--ipc {args.ipc}: {grid**2} crops an image of {len(own)} images of class {c}: lower it")
-        chosen = views.view(crops, -1, 3, d, d)[which[first], first]
-        made.append(rearrange(chosen, "(y x n) c h w -> n c (y h) (x w)", y=grid, x=grid)[..., :S, :S].byte().cpu())
-    return torch.stack(made)
+    own = rng.permutation((job.data.train.labels == c).nonzero()[:, 0].numpy())[:max(candidates, wanted)]
+    if len(own) < wanted:
+        raise BadInput(f"--ipc {args.ipc}: {grid**2} crops an image of {len(own)} images of class {c}: lower it")
+    images = recover.take(job.data, job.data.train, torch.from_numpy(own)).to(device).repeat(crops, 1, 1, 1)
+    boxes = recover.crop_boxes(rng.random((len(images), 4)), (0.08, 1), (1, 1)).to(device)
+    views = recover.resample(images.float(), recover.crop_grid(boxes, upright, d)).round()
+    seen = F.pad(squeeze.normalise(views, teacher["mean"], teacher["std"]), 2 * ((S - d) // 2, (S - d + 1) // 2))
+    loss = torch.cat([-squeeze.forward(job.network, part).log_softmax(1)[:, c] for part in seen.split(500)])
+    best, which = loss.view(crops, -1).min(0)
+    first = best.argsort(stable=True)[:wanted]
+    chosen = views.view(crops, -1, 3, d, d)[which[first], first]
+    return rearrange(chosen, "(y x n) c h w -> n c (y h) (x w)", y=grid, x=grid)[..., :S, :S].byte().cpu()
 
 # ---- The stage -------------------------------------------------------------------------------------------------------
 def prepare(job, args):
@@ -96,9 +94,10 @@ def prepare(job, args):
             raise BadInput(f"--eta {args.eta}: gradient descent diverges, eta * lambda is {args.eta * largest:.3g}: "
                            f"use at most {2 / largest:.3g}, or leave it out to have it chosen")
     job.pairs_of = lambda k, args: METHODS[args.method][0](args)
-    crops = functools.cache(lambda: realistic_crops(job, args))            # not before they are wanted
+    crops = functools.cache(lambda c: realistic_crops(job, args, c))       # not before they are wanted
+    start = lambda job, k, classes, rng: torch.stack([crops(c)[k] for c in classes.tolist()])
     vars(job).update({"cda": dict(smallest=curriculum), "dwa": dict(network_for=adjusted),
-                      "rded": dict(start=lambda job, k, classes, rng: crops()[classes, k])}.get(args.method, {}))
+                      "rded": dict(start=start)}.get(args.method, {}))
 
 def parse(argv):
     parser = squeeze.Parser(__doc__)
@@ -119,8 +118,8 @@ def parse(argv):
     if args.iterations == 0:
         raise BadInput("--iterations 0: real images as they are come from recover.py: leave it out")
     if args.method == "rded":
-        if args.iterations or args.init:
-            raise BadInput("--method rded: crops of real images, no steps: leave out --iterations and --init")
+        if odd := [flag for flag in ("iterations", "init", "lr", "gamma", "emu") if getattr(args, flag) is not None]:
+            raise BadInput(f"--method rded: crops of real images, no steps: leave out --{odd[0]}")
         args.iterations, args.init = 0, "rded"
     return args
 

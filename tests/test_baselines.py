@@ -179,9 +179,9 @@ def test_rded_takes_the_crops_the_teacher_is_surest_of(S):
     network.precision, about = "float32", dict(mean=[0.5] * 3, std=[0.25] * 3)
     data = squeeze.Data(["a", "b"], S, squeeze.Split(images, labels), None, "")
     job, grid = Namespace(data=data, teacher=about, network=network), 2 if S > 64 else 1
-    made = baselines.realistic_crops(job, Namespace(seed=3, ipc=1), candidates=5, crops=3)
-    rng, d = np.random.default_rng(3), math.ceil(S / grid)
+    d = math.ceil(S / grid)
     for c in range(2):
+        made, rng = baselines.realistic_crops(job, Namespace(seed=3, ipc=1), c, candidates=5, crops=3), np.random.default_rng([3, c])
         own = rng.permutation(np.arange(c, 12, 2))[:5]
         scored, uniform = [], rng.random((15, 4))
         for i, image in enumerate(own):
@@ -196,11 +196,12 @@ def test_rded_takes_the_crops_the_teacher_is_surest_of(S):
             scored.append(min(options, key=lambda option: option[0]))
         best = [crop for _, crop in sorted(scored, key=lambda option: option[0])[:grid**2]]
         wanted = best[0] if grid == 1 else torch.cat([torch.cat(best[:2], 2), torch.cat(best[2:], 2)], 1)
-        assert torch.equal(made[c, 0].float(), wanted[:, :S, :S])
+        assert torch.equal(made[0].float(), wanted[:, :S, :S])
 
 
 def test_rded_needs_no_steps_and_enough_images(here):
-    one_line(baselines.main, ["--method", "rded", "--iterations", "5"], "--method rded", "--iterations")
+    for flag in ("iterations", "lr", "gamma"):
+        one_line(baselines.main, ["--method", "rded", f"--{flag}", "5"], "--method rded", f"leave out --{flag}")
     one_line(baselines.main, ["--method", "dwa", "--iterations", "0"], "--iterations 0", "recover.py")
     baselines.main(["--method", "rded", "--ipc", "2"])
     assert relabel.load_run("runs/toy-convnet/rded-ipc2")[0]["images"].shape == (8, 3, 32, 32)
