@@ -116,6 +116,7 @@ class Data(NamedTuple):
     train: Split
     test: Split
     sha256: str             # of the training labels and images; of files, names and lengths: reading takes an hour
+    tested: str = ""        # the same of the test set: it is what a row of eval.py is of, not a teacher
 
 def toy(per_class, classes, seed, size=32):
     """Toy images uint8 [n, 3, S, S], labels [n]. Class k is a pair: colour layout k // 2 (low frequency) and stripe
@@ -136,13 +137,13 @@ def load_toy(root, classes):
     train, test = toy(max(60, 4000 // classes), classes, 0), toy(max(10, 1000 // classes), classes, 1)
     return Split(*train), Split(*test), [f"layout{k // 2}-{('rows', 'columns')[k % 2]}" for k in range(classes)]
 
-def download(url, md5, root):
+def download(url, md5, root, inside=""):
     """Fetch and unpack a data set's archive, into a folder that is there: a name mistyped makes none."""
     if root != "data" and not Path(root).is_dir():
         raise BadInput(f"--data {root}: no such folder: name the data set's, or an empty one to load it to")
     print(f"--data {root}: incomplete, so downloading {url}")
     try:
-        datasets.utils.download_and_extract_archive(url, root, md5=md5)
+        datasets.utils.download_and_extract_archive(url, root, Path(root) / inside, md5=md5)
     except Exception as error:                             # urllib's and tarfile's have no common ancestor
         raise BadInput(f"--data {root}: {url} cannot be downloaded, {type(error).__name__}: unpack it there") from error
 
@@ -195,7 +196,9 @@ def load_tiny(root, _):
     """Tiny-ImageNet-200 as in the original zip, or a copy of it with fewer classes."""
     folder = Path(root) / "tiny-imagenet-200"
     if not folder.is_dir():
-        download("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de", root)
+        url, md5 = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"
+        download(url, md5, root, "unpacking")              # what is half unpacked would pass for a smaller data set
+        os.replace(Path(root) / "unpacking" / folder.name, folder)
     names, annotations = class_folders(folder / "train"), folder / "val" / "val_annotations.txt"
     text = annotations.read_text(errors="replace") if annotations.is_file() else ""
     rows = [row for row in re.findall(r"^(.+?)\t([^\t\r\n]+)", text, re.MULTILINE) if row[1] in names]
@@ -221,12 +224,15 @@ def load_data(name, root, size=None, classes=None, validate=None):
         by_class = [(train.labels == c).nonzero()[:, 0] for c in train.labels.unique()]
         parts = zip(*(own.tensor_split([len(own) * 9 // 10]) for own in by_class))
         train, test = (select(train, torch.cat(part).sort().values) for part in parts)
-        if not len(train.labels):
-            raise BadInput(f"--validate: one image a class in {root}, none to hold out: leave it out")
-    content = train.images.numpy().tobytes() if torch.is_tensor(train.images) else "".join(
-        f"{os.path.relpath(path, root)} {os.path.getsize(path)}\n" for path in train.images).encode()
-    digest = hashlib.sha256(train.labels.numpy().tobytes() + content).hexdigest()
-    return Data(names, size or PRESETS[name]["size"], train, test, digest)
+        if len(train.labels.unique()) < len(names):
+            raise BadInput(f"--validate: a class of {root} has one image, none is left to train on: leave it out")
+    return Data(names, size or PRESETS[name]["size"], train, test, digest(train, root), digest(test, root))
+
+def digest(split, root):
+    """The hash of a split in memory; of files below root, of their names and sizes."""
+    content = split.images.numpy().tobytes() if torch.is_tensor(split.images) else "".join(
+        f"{os.path.relpath(path, root)} {os.path.getsize(path)}\n" for path in split.images).encode()
+    return hashlib.sha256(split.labels.numpy().tobytes() + content).hexdigest()
 
 def read(split, transform, seed, index):
     """Images by position, files decoded to RGB. A random transform is drawn from seed + position, in any worker."""
@@ -310,7 +316,8 @@ def build_network(name, classes, size, precision="float32"):
 
 def native_precision(device):
     """bfloat16 on CUDA and on CPUs that say they multiply in it; elsewhere it is emulated, slowly, so float32."""
-    native = device.type == "cuda" or getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else \
+        getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
     return "bfloat16" if native else "float32"
 
 def forward(network, x):
@@ -319,10 +326,10 @@ def forward(network, x):
         return spectral.single(network(x))
 
 @torch.no_grad()
-def accuracy(network, data, teacher, batch=500):
+def accuracy(network, data, teacher):
     """Top-1 accuracy in % on the test split, under the evaluation transform. teacher: whose mean and deviation."""
     device, right = next(network.eval().parameters()).device, 0
-    for images, labels in batches(data, data.test, batch):
+    for images, labels in batches(data, data.test, 500 if data.size <= 64 else 64):
         guess = forward(network, normalise(images.to(device), teacher["mean"], teacher["std"])).argmax(1)
         right += (guess == labels.to(device)).sum()
     return 100 * right.item() / len(data.test.labels)
@@ -513,9 +520,10 @@ def given_weights(network, args, teacher):
         state = (torch.load(args.teacher, weights_only=True, map_location="cpu") if args.teacher else
                  torchvision.models.get_model_weights(args.network).IMAGENET1K_V1.get_state_dict(check_hash=True))
         about = {key: list(state.get(key, teacher[key])) for key in ("mean", "std", "classes")}
-        remedy = f"mean and std must be three numbers of (0, 1], classes the data set's, found {str(about)[:200]}"
+        remedy = f"mean must be three numbers of [0, 1], std of (0, 1], classes the data set's; found {str(about)[:99]}"
         normalise(torch.zeros(1, 3, 1, 1), about["mean"], about["std"])        # raises unless they are three numbers
-        if about["classes"] != teacher["classes"] or not all(0 < value <= 1 for value in about["mean"] + about["std"]):
+        if (about["classes"] != teacher["classes"]
+                or not all(0 <= m <= 1 and 0 < s <= 1 for m, s in zip(about["mean"], about["std"]))):
             raise ValueError
         remedy = f"no {args.network} for this data set: another architecture, input size or class count"
         network.load_state_dict(state.get("state_dict", state))
@@ -548,8 +556,8 @@ def parse(argv):
     for flag, only in (("size", "folder"), ("pretrained", "imagenet"), ("classes", "toy")):
         if getattr(args, flag) and args.dataset != only:
             raise BadInput(f"--{flag} is for --dataset {only}, found {args.dataset}: leave it out")
-    for flag in ("epochs", "lr", "wd", "keep"):
-        if (args.teacher or args.pretrained) and getattr(args, flag):
+    for flag in ("epochs", "lr", "wd", "keep", "seed"):
+        if (args.teacher or args.pretrained) and getattr(args, flag) != parser.get_default(flag):
             raise BadInput(f"--{flag} has no effect with --teacher or --pretrained: leave one out")
     if args.pretrained and args.network == "convnet":
         raise BadInput("--pretrained: torchvision has no weights for --network convnet: name a resnet")

@@ -99,7 +99,9 @@ def test_the_next_command_can_be_typed(here, capsys):
     for part in ("train", "val"):
         for name in ("cat", "dog"):
             picture(Path("set") / part / name / "0.jpg")
-    one_line(squeeze.main, ["--dataset", "folder", "--data", "set", "--validate"], "--validate", "none to hold out")
+    one_line(squeeze.main, ["--dataset", "folder", "--data", "set", "--validate"], "--validate", "none is left to train on")
+    picture(Path("set") / "train" / "cat" / "1.jpg")       # one class that would be gone is enough
+    one_line(squeeze.main, ["--dataset", "folder", "--data", "set", "--validate"], "--validate", "one image")
 
 
 def tiny(root):
@@ -151,6 +153,31 @@ def test_tiny(tmp_path, monkeypatch):
              "tiny-imagenet-200.zip")
 
 
+def test_tiny_half_unpacked_is_no_smaller_data_set(tmp_path, monkeypatch):
+    """Unpacking killed after the first class: the next call unpacks again, and there is no folder before it ends."""
+    def unpack(url, root, inside, md5):
+        whole = tiny(Path(inside))
+        if not (tmp_path / "again").exists():
+            shutil.rmtree(whole / "train" / "n01")
+            (tmp_path / "again").touch()
+            raise KeyboardInterrupt
+    monkeypatch.setattr(squeeze.datasets.utils, "download_and_extract_archive", unpack)
+    with pytest.raises(KeyboardInterrupt):
+        squeeze.load_data("tiny", str(tmp_path))
+    assert not (tmp_path / "tiny-imagenet-200").exists()
+    assert squeeze.load_data("tiny", str(tmp_path)).classes == ["n01", "n02"]
+
+
+def test_test_images_are_tested_in_batches_that_fit(monkeypatch):
+    """500 images of 224 pixels would take a ConvNet 13 GB; of 32 pixels they are few."""
+    for size, most in ((32, 500), (224, 64)):
+        split, seen = squeeze.Split(torch.zeros(130, 3, size, size, dtype=torch.uint8), torch.zeros(130, dtype=torch.long)), []
+        monkeypatch.setattr(squeeze, "forward", lambda network, x: seen.append(len(x)) or torch.zeros(len(x), 2))
+        network = torch.nn.Linear(1, 1)
+        assert squeeze.accuracy(network, squeeze.Data(["a", "b"], size, None, split, ""), dict(mean=[0.0] * 3, std=[1.0] * 3)) == 100
+        assert sum(seen) == 130 and max(seen) == min(most, 130)
+
+
 # ---- teachers and students
 
 def test_teacher_file(here):
@@ -175,13 +202,20 @@ def test_teacher_file(here):
     assert json.loads((folder / "config.json").read_text())["results"]["test"] != score
     shutil.rmtree("runs")
     one_line(squeeze.main, ["--classes", "6", "--teacher", "mine.pth"], "--teacher mine.pth", "class count")
+    torch.save({**mine, "mean": [0.0] * 3, "std": [1.0] * 3}, "plain.pth")             # pixels as they are
+    squeeze.main(["--classes", "4", "--teacher", "plain.pth", "--precision", "float32"])
+    shutil.rmtree("runs")
     one_line(squeeze.main, ["--classes", "4", "--network", "resnet18", "--teacher", "mine.pth"],
              "another architecture")
     Path("mine.pth").write_bytes(b"nothing")
     one_line(squeeze.main, ["--classes", "4", "--teacher", "mine.pth"], "not a readable state dict")
     one_line(squeeze.main, ["--classes", "4", "--teacher", "absent.pth"], "--teacher absent.pth")
     torch.save({**mine, "mean": [123.0, 117.0, 104.0]}, "bytes.pth")
-    one_line(squeeze.main, ["--classes", "4", "--teacher", "bytes.pth"], "mean and std must be three numbers of (0, 1]")
+    one_line(squeeze.main, ["--classes", "4", "--teacher", "bytes.pth"], "mean must be three numbers of [0, 1]")
+    torch.save({**mine, "std": [0.2, 0.0, 0.2]}, "flat.pth")
+    one_line(squeeze.main, ["--classes", "4", "--teacher", "flat.pth"], "std of (0, 1]")
+    for flag in ("--seed", "--wd"):
+        one_line(squeeze.main, ["--classes", "4", "--teacher", "mine.pth", flag, "0" if flag == "--wd" else "7"], f"{flag} has no effect")
     assert not Path("runs").exists()
 
 
