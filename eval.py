@@ -33,8 +33,7 @@ def student_loss(logits, target, args):
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 def targets(job, args, epoch, views):
-    """What a student is to say to an epoch's views, [N, K]: the stored logits; with --online the teacher's, asked now
-    (rounded as if stored); with --hard one-hot labels, mixed by area."""
+    """What to say to an epoch's views, [N, K]: logits, stored or (--online) new; with --hard one-hot, mixed by area."""
     if args.online:
         return relabel.soft_labels(*job.teacher, job.images, views, 500).half().float()
     if args.hard:
@@ -52,6 +51,7 @@ def train_epoch(job, args, epoch, student, average, optimizer):
     wanted, steps = targets(job, args, drawn, views), math.ceil(N / args.batch)
     order = torch.from_numpy(np.random.default_rng([job.seed, epoch]).permutation(N)).to(device)
     student.train()
+    torch.manual_seed(2**20 * epoch + job.seed)            # ConvNeXt drops blocks at random: resumed, the same ones
     for step, index in enumerate(order.split(args.batch), epoch * steps):
         angle = math.pi * step / (args.epochs * steps) / (2 if args.schedule == "stretched" else 1)
         optimizer.param_groups[0]["lr"] = args.lr * (1 + math.cos(angle)) / 2
@@ -127,19 +127,19 @@ def find_labels(job, args):
     return labels["settings"], labels["artefacts"]["soft_labels.npy"], labels["results"]["label_bytes"]
 
 def evaluate(job, network, args):
-    """One row: all seeds of a student network on one run; result.json after each seed. Returns the row."""
+    """One row: all seeds of a student network on one run; result.json after each seed. Returns its name and it."""
     usual, path = relabel.recipe(job.made["dataset"], len(job.images)), Path(job.run) / "result.json"
     args = Namespace(**{**vars(args), "network": network, "epochs": args.epochs or job.views["epochs"],
                         "batch": min(len(job.images), args.batch or usual["batch"]),
                         "teacher": args.teacher and job.labeller.resolve().name})      # its hash is in the labels' one
     chosen = squeeze.settings(args, ("runs", "report", "export", "data", "seeds"))
     name = "-".join([network, *squeeze.changed(chosen, {**vars(parse([job.run])), **usual}, ("network",))])
-    job.identity = {"settings": {**chosen, "precision": job.content["precision"]},
+    job.identity = {"settings": {**chosen, "precision": job.content["precision"]}, "test": job.data.tested,
                     "views": job.views, "labels": job.label_hash, "images": job.inputs["images.pt"]}
     result = squeeze.read_json(path)
     row = result.setdefault(name, {**job.identity, "seeds": {}})
-    if row != {**row, **job.identity}:
-        raise BadInput(f"{path}: {name} there is of other labels, images or settings: remove the file to evaluate anew")
+    if {**job.identity, **row} != {**row, **job.identity}:                     # rows of old have no test
+        raise BadInput(f"{path}: {name} there is of other labels, images, settings or tests: remove it to begin anew")
     squeeze.show(Namespace(run=job.run, **chosen, seeds=args.seeds))
     for job.seed in [seed for seed in range(args.seeds) if str(seed) not in row["seeds"]]:
         checkpoint = path.with_name(f"student-{name}-{job.seed}.pt")
@@ -154,20 +154,17 @@ def evaluate(job, network, args):
                    image_bytes=job.images.numel(), label_bytes=job.label_bytes)
         squeeze.save(path, result)
         checkpoint.unlink(missing_ok=True)
-    return row
+    return name, row
 
 def export(run, target):
     """The run's images as lossless PNGs, target/<class>/<position>.png, as torchvision's ImageFolder reads them."""
     content, target = relabel.load_run(run)[0], Path(target)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise BadInput(f"--export {target}: not an empty folder: name a new one")
-    try:
-        for c, name in enumerate(relabel.folder_names(content["classes"])):
-            (target / name).mkdir(parents=True)
-            for i, image in enumerate(content["images"][content["labels"] == c]):
-                to_pil_image(image).save(target / name / f"{i:05d}.png")
-    except OSError as error:
-        raise BadInput(f"--export {target}: cannot be written ({error.strerror}): name another folder") from error
+    for c, name in enumerate(relabel.folder_names(content["classes"])):
+        (target / name).mkdir(parents=True)
+        for i, image in enumerate(content["images"][content["labels"] == c]):
+            to_pil_image(image).save(target / name / f"{i:05d}.png")
     print(f"exported {len(content['images'])} images to {target}")
 
 # ---- --report: what the images look like, in numbers and pictures (paper, Section 4) ---------------------------------
@@ -235,7 +232,7 @@ def responses(name, args, layer):
     return {name + label: (lam.tolist(), f(lam[None])[0].tolist()) for label, f in filters.items()}
 
 def report(runs, device):
-    """report.json, psd.svg, filters.svg, grid.png and rounds-<run>.png of one teacher's runs, in its report/."""
+    """report.json, psd.svg, filters.svg, grid.png of one teacher's runs, in its report/."""
     loaded = [relabel.load_run(run) for run in runs]
     parent = loaded[0][2]
     if strange := [run for run, (_, _, other) in zip(runs, loaded) if other != parent]:
@@ -245,27 +242,24 @@ def report(runs, device):
     layer = [name for name in statistics["layers"] if name != statistics["head"]][-1]
     folder, rows, curves, filters, tiles = parent / "report", {}, {}, {}, []
     folder.mkdir(exist_ok=True)
-    print(f"{'run':34s} {'power above S/4':>16s} {'similarity':>11s} {'seconds':>8s}")
+    print(f"{'run':34s} {'power above S/4':>16s} {'similarity':>11s}")
     for run, (content, made, _) in zip(runs, loaded):
         name, images, K, ipc = Path(run).name, content["images"], len(content["classes"]), made["settings"]["ipc"]
         radius, power, share = radial_psd(images)
         similarity = intra_class_similarity(network, statistics["head"], content, device)
-        seconds = made["results"].get("seconds")
-        rows[name] = dict(high_share=share, similarity=similarity, psd=power.tolist(), seconds=seconds)
-        print(f"{name:34s} {100 * share:14.2f} % {similarity or math.nan:11.3f} {seconds or 0:8.0f}")
+        rows[name] = dict(high_share=share, similarity=similarity, psd=power.tolist())
+        print(f"{name:34s} {100 * share:14.2f} % {similarity or math.nan:11.3f}")
         curves[name] = radius.tolist(), power.clamp(min=1e-12).tolist()        # flat images have none
         if made["settings"].get("iterations"):             # real images have no filter
             filters.update(responses(name, Namespace(**made["settings"]), statistics["layers"][layer]))
         by_round = images.view(ipc, K, *images.shape[1:]) if len(images) == ipc * K else images[None, :K]
         tiles += [by_round[k, c % K] for k in (0, len(by_round) - 1) for c in range(10)]
-        rounds = by_round[:, :10].transpose(0, 1).flatten(0, 1) / 255
-        save_image(rounds, folder / f"rounds-{name}.png", nrow=len(by_round), padding=1)
     save_image(torch.stack(tiles) / 255, folder / "grid.png", nrow=10, padding=1)
     svg(folder / "psd.svg", curves, "power spectral density of the images", "cycles per image", "share of power")
     if filters:
         svg(folder / "filters.svg", filters, f"filters on the real spectrum of layer {layer}", "eigenvalue of FFC", "f")
     squeeze.save(folder / "report.json", {"layer": layer, "radius": radius.tolist(), "runs": rows})
-    print(f"pictures: {folder}; grid.png has two rows a run, its first and its last round")
+    print(f"pictures: {folder}; grid.png has two rows a run, its first and its last round; all: RUN/preview.png")
 
 # ---- The stage -------------------------------------------------------------------------------------------------------
 def parse(argv):
@@ -313,11 +307,11 @@ def main(argv):
         job.images = job.content["images"].to(device)
         job.teacher = recover.load_teacher(job.labeller, device)[:2] if args.online else None
         for network in args.network or [job.made["network"]]:
-            row = evaluate(job, network, args)
+            name, row = evaluate(job, network, args)
             scores = ("%6.2f ± %4.2f" % (row[kind], row[kind + "_std"]) for kind in ("averaged", "raw"))
             sizes = ("%.2f MB" % (row[kind + "_bytes"] / 1e6) for kind in ("image", "label"))
             who = "none" if args.hard else job.labeller.resolve().name
-            table.append(line % (job.run, who, network, len(row["seeds"]), *scores, *sizes, f"{row['seconds']:.0f} s"))
+            table.append(line % (job.run, who, name, len(row["seeds"]), *scores, *sizes, f"{row['seconds']:.0f} s"))
     print(*table, f"top-1 {'held-out' if args.validate else 'test'} accuracy in %, last epoch, mean and deviation over "
           f"n seeds; peak memory {recover.peak_memory(device):.0f} MB",
           "next: the same with recover.py --iterations 0, the honest rival", sep="\n")

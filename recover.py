@@ -180,7 +180,7 @@ def progress(job, args, b, t, found, layers):
             raise FloatingPointError
         odd = "".join([f" in layer {n}" for n, layer in layers.items() if not layer.uncentred.isfinite().all()][:1])
         raise BadInput(f"{job.folder}: CE {found[0]:.3g}, matching {found[1]:.3g}, mean pixel {found[2]:.3g}: not "
-                       f"finite in batch {b + 1} at iteration {t}{odd}: lower --lr or raise --alpha-max")
+                       f"finite in batch {b + 1} at iteration {t}{odd}: lower --lr or raise --alpha-max (--beta)")
     if t == args.iterations:
         squeeze.log(job.folder, batch=b + 1, round=k, ce=found[0], matching=found[1])
 
@@ -199,7 +199,7 @@ def distil(job, args):
     loss, job.total, job.began = objective(job, args), args.ipc * len(chunks), time.time() - done["seconds"]
     for b in range(done["b"], job.total):
         k, classes = b // len(chunks), chunks[b % len(chunks)]
-        job.step = b + 1 if args.emu == "paper" and args.centred else None     # Eq. 17; pooling is that for H^T H / n
+        job.step = b + 1 if args.emu == "paper" and args.centred else None     # Eq. 17; H^T H / n: pool
         job.loss, job.report = partial(loss, k), partial(progress, job, args, b)
         for job.every in (100, 1):                         # what is not finite is made once more, step by step
             rng = np.random.default_rng([args.seed, b])    # depends on nothing before this batch

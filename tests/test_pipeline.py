@@ -431,6 +431,13 @@ def test_squeeze_resumes_to_the_same_teacher_and_recover_takes_it_along(here, mo
 
 
 def test_eval_resumes_to_the_same_student(here, monkeypatch):
+    """Of a network, too, that drops parts of itself at random, as ConvNeXt does."""
+    build = squeeze.build_network
+    def with_dropout(*about):
+        network = build(*about)
+        network[0][2] = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Dropout(0.2))
+        return network
+    monkeypatch.setattr(squeeze, "build_network", with_dropout)
     recover.main(["--iterations", "0", "--ipc", "2"])
     run = Path("runs/toy-convnet/real-ipc2")
     evaluation.main([str(run), "--seeds", "1", "--epochs", "4"])
@@ -454,6 +461,28 @@ def test_eval_resumes_to_the_same_student(here, monkeypatch):
     again = json.loads((run / "result.json").read_text())["convnet-epochs4"]
     assert again["averaged"] == whole["averaged"] and again["raw"] == whole["raw"]
     assert not list(run.glob("student-*.pt"))
+
+
+def test_a_row_is_of_one_test_set_and_named_in_full(here, monkeypatch, capsys):
+    """Seeds tested on two sets are no mean; and students of 2 and of 60 epochs are not both "convnet" in the table."""
+    recover.main(["--iterations", "0", "--ipc", "2"])
+    run = Path("runs/toy-convnet/real-ipc2")
+    evaluation.main([str(run), "--seeds", "1", "--epochs", "2"])
+    assert "toy-convnet              convnet-epochs2 " in capsys.readouterr().out
+    train, test, names = squeeze.LOADERS["toy"](None, 4)
+    monkeypatch.setitem(squeeze.LOADERS, "toy", lambda *_: (train, squeeze.select(test, torch.arange(1, len(test.labels))), names))
+    one_line(evaluation.main, [run, "--seeds", "2", "--epochs", "2", "--resume"], "convnet-epochs2", "tests")
+    result = squeeze.read_json(run / "result.json")
+    result["convnet-epochs2"].pop("test")                  # a row of an earlier version, which did not say
+    squeeze.save(run / "result.json", result)
+    evaluation.main([str(run), "--seeds", "2", "--epochs", "2", "--resume"])
+
+
+def test_bfloat16_is_the_default_where_it_is_not_emulated(monkeypatch):
+    """A T4 "supports" it by emulation, several times slower than float32."""
+    for native in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+        assert squeeze.native_precision(torch.device("cuda")) == ("bfloat16" if native else "float32")
 
 
 # ---- bad input: one line, exit code 1, no traceback
@@ -511,7 +540,8 @@ def test_broken_run_folders(here):
     one_line(evaluation.main, [run, "--epochs", "3"], "--epochs 3", "holds 2")
     one_line(evaluation.main, [run, "--lr", "1e18"], "--lr 1e+18", "not finite")
     Path("file").touch()
-    one_line(evaluation.main, [run, "--export", "file/folder"], "--export file/folder", "cannot be written")
+    with pytest.raises(NotADirectoryError, match="file/folder"):                       # script makes a line of it
+        evaluation.main([str(run), "--export", "file/folder"])
     Path("nothing").mkdir()
     one_line(relabel.main, ["runs/toy-convnet", "--images", "nothing"], "nothing", "some of every class")
     config = squeeze.read_json(run / "config.json")
