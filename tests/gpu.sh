@@ -13,7 +13,7 @@ set -e
 network=${NETWORK:-resnet18}
 if [[ -z $ROWS ]]; then
     pytest -q tests
-    python tests/bench.py --cases convnet-32-100 resnet18-32-100 resnet18-64-200 resnet18-224-500
+    python tests/bench.py --cases convnet-32-10 convnet-32-100 resnet18-32-100 resnet18-64-200 resnet18-224-500
     python squeeze.py --dataset cifar10 --network convnet --epochs 1 --resume "$@"
     python tests/bench.py --parity runs/cifar10-convnet-epochs1
 fi
