@@ -431,7 +431,7 @@ def test_precisions_do_not_mix(here):
     row, = result.values()
     row["settings"]["precision"] = "bfloat16"
     squeeze.save(run / "result.json", result)
-    one_line(evaluation.main, [run, "--seeds", "1", "--resume"], "result.json", "other labels, images or settings")
+    one_line(evaluation.main, [run, "--seeds", "1", "--resume"], "result.json", "other labels, images, settings or tests")
 
 
 @pytest.mark.parametrize("where, words", [
