@@ -479,7 +479,7 @@ def test_a_row_is_of_one_test_set_and_named_in_full(here, monkeypatch, capsys):
 
 
 def test_bfloat16_is_the_default_where_it_is_not_emulated(monkeypatch):
-    """A T4 "supports" it by emulation, several times slower than float32."""
+    """torch.cuda.is_bf16_supported counts emulation unless told not to."""
     for native in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
         assert squeeze.native_precision(torch.device("cuda")) == ("bfloat16" if native else "float32")
