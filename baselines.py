@@ -31,7 +31,7 @@ def mtt(args):
         return list(zip(("I", "x"), gradient_descent(eta, args.p), gradient_descent(eta, args.q)))
     return pairs
 
-# Then FLC, class-wise or mean, and whether FFC is centred: not where theory has a linear head without bias (H^T H / n)
+# Then FLC, class-wise or mean, and whether FFC is centred: not where theory has a linear head without bias (X^T X / n)
 METHODS = {
     # Eq. 2: class means, || H^T Y - H_s^T Y_s ||. All-pass: nothing is weighted, so what is large dominates.
     "dm": (lambda args: [("x", identity)], "class", True),
@@ -73,7 +73,7 @@ def realistic_crops(job, args, c, candidates=300, crops=5):
     d, wanted, upright = -(-S // grid), args.ipc * grid**2, torch.tensor(False, device=device)
     own = rng.permutation((job.data.train.labels == c).nonzero()[:, 0].numpy())[:max(candidates, wanted)]
     if len(own) < wanted:
-        raise BadInput(f"--ipc {args.ipc}: {grid**2} crops an image of {len(own)} images of class {c}: lower it")
+        raise BadInput(f"--ipc {args.ipc}: class {c} has {len(own)} images, {wanted} crops are needed: lower it")
     images = recover.take(job.data, job.data.train, torch.from_numpy(own)).to(device).repeat(crops, 1, 1, 1)
     boxes = recover.crop_boxes(rng.random((len(images), 4)), (0.08, 1), (1, 1)).to(device)
     views = recover.resample(images.float(), recover.crop_grid(boxes, upright, d)).round()

@@ -45,7 +45,7 @@ def check_data(data, teacher, config):
         raise BadInput(f"--data: not the images and classes ({data.classes[:3]}...) of the teacher: squeeze again")
 
 def ensure(folder, stage, flags, main, resume):
-    """Run a stage that a later one needs, main(flags), if it was not, or on if it was not to the end."""
+    """Run a stage that a later one needs, main(flags), if it is missing; resume it if it is unfinished."""
     if not (folder / "config.json").is_file() or not squeeze.read_config(folder, stage, resume)["artefacts"]:
         print(f"{folder}: not there yet, or unfinished, so first: python {stage}.py {' '.join(flags)}", flush=True)
         main([*flags, *["--resume"] * resume])
@@ -155,7 +155,7 @@ def initial_images(job, k, classes, rng):
     return torch.from_numpy(noise.clip(0, 255).astype(np.uint8))
 
 # What baselines may change of a job: the pairs of Theorem 1 in round k, the images to start from, the smallest crop at
-# some progress of a batch, as share of the area, and the network that normalised images x meet. every: distil's own.
+# some progress of a batch, as share of the area, and the network that normalised images x meet. every: set by distil.
 CFM = dict(every=100, pairs_of=cfm_pairs, start=initial_images, smallest=lambda progress: 0.08,
            network_for=lambda network, x, classes: network.to(getattr(torch, network.precision)))  # rounded once
 
@@ -176,7 +176,7 @@ def progress(job, args, b, t, found, layers):
     print(f"round {k + 1}/{args.ipc} batch {b + 1}/{job.total} iteration {t}/{args.iterations}  CE {found[0]:.3f}  "
           f"matching {found[1]:.4g}  {steps / seconds:.1f} it/s  {left / 60:.1f} min left", flush=True)
     if not math.isfinite(sum(found)):
-        if job.every > 1:                                  # one of the last hundred: distil repeats them
+        if job.every > 1:                                  # one of the last 100: distil repeats the batch
             raise FloatingPointError
         odd = "".join([f" in layer {n}" for n, layer in layers.items() if not layer.uncentred.isfinite().all()][:1])
         raise BadInput(f"{job.folder}: CE {found[0]:.3g}, matching {found[1]:.3g}, mean pixel {found[2]:.3g}: not "
@@ -199,7 +199,7 @@ def distil(job, args):
     loss, job.total, job.began = objective(job, args), args.ipc * len(chunks), time.time() - done["seconds"]
     for b in range(done["b"], job.total):
         k, classes = b // len(chunks), chunks[b % len(chunks)]
-        job.step = b + 1 if args.emu == "paper" and args.centred else None     # Eq. 17; H^T H / n: pool
+        job.step = b + 1 if args.emu == "paper" and args.centred else None     # Eq. 17; of X^T X / n the pool is it
         job.loss, job.report = partial(loss, k), partial(progress, job, args, b)
         for job.every in (100, 1):                         # what is not finite is made once more, step by step
             rng = np.random.default_rng([args.seed, b])    # depends on nothing before this batch
@@ -239,12 +239,12 @@ def add_flags(parser):                                     # shared with baselin
     add("--ipc", type=number(int, 1), default=10, help="images per class (default 10)")
     add = parser.add_argument_group("how").add_argument
     add("--preset", choices=["ours", "paper"], default="ours", help="what flags left out take (default ours)")
-    add("--init", choices=["confident", "real", "noise"], help="start: surest images (CIFAR), first ones (else), noise")
-    add("--iterations", type=number(int, 0), help="Adam steps a batch (CIFAR, toy 100; paper 1000); 0: real images")
+    add("--init", choices=["confident", "real", "noise"], help="start: surest images (CIFAR), first ones (paper, else)")
+    add("--iterations", type=number(int, 0), help="Adam steps (toy 100; CIFAR 100, paper 1000; else 1000); 0: none")
     add("--lr", type=number(float, 0, strict=True), help="Adam's, normalised pixels (CIFAR 0.02, paper 0.25; else 0.1)")
     add("--batch", type=number(int, 1), help="classes a batch (200; toy, CIFAR-10 10; CIFAR-100 100; imagenet 500)")
-    add("--gamma", type=number(float, 0), help="weight of the matching losses (CIFAR 10, else 0.1)")
-    add("--emu", choices=["pool", "paper", "off"], help="memory of batches: as one set (default), Eq. 17, or none")
+    add("--gamma", type=number(float, 0), help="weight of the matching losses (CIFAR 10, paper and else 0.1)")
+    add("--emu", choices=["pool", "paper", "off"], help="memory of batches: one set (ours), Eq. 17 (paper), or none")
     add("--seed", type=number(int, 0), default=0, help="default 0")
 
 def parse(argv):
@@ -263,13 +263,13 @@ def parse(argv):
     return args
 
 def preset_of(args):
-    """What flags left out take: our settings or the paper's (with --iterations 0 always these: first real images)."""
+    """What flags left out take: our settings or the paper's (the paper's, too, with --iterations 0)."""
     preset = squeeze.PRESETS[args.dataset]
     ours = preset["ours"] if args.preset == "ours" and args.iterations != 0 else {}
     return {**preset["recover"], **ours, "network": preset["network"]}
 
 def run_name(method, args, defaults):
-    """The run's folder: method and IPC, then every setting that is not the default, so that no two runs share one."""
+    """The run's folder: method, IPC and what is not the default; of untouched images (--iterations 0) start and IPC."""
     if args.iterations == 0 and args.init != "noise":
         return f"{args.init}-ipc{args.ipc}" + (f"-seed{args.seed}" if args.init == "rded" and args.seed else "")
     hidden = ("dataset", "data", "network", "teacher", "ipc", "filter", "method", "centred", "resume")
@@ -277,8 +277,8 @@ def run_name(method, args, defaults):
     return "-".join([method, f"ipc{args.ipc}", *changed])
 
 def choose_teacher(args):
-    """The folder of the squeeze run to use and the flags that make it; what --teacher implies is filled into args. Else
-    CIFAR's has early * sqrt(ipc) epochs, 13 at least: CIFAR-10's up to IPC 10 13, at 50 28, at 100 40 (12 measured)."""
+    """The folder of the squeeze run to use and the flags that make it; what --teacher implies is filled into args. With
+    "ours" CIFAR's has early * sqrt(ipc) epochs, from 13 to the paper's: CIFAR-10: 13 to IPC 11, 28 at 50, 40 at 100."""
     if args.teacher:
         made = squeeze.read_config(args.teacher, "squeeze", True)["settings"]
         for flag in ("dataset", "network"):

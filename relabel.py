@@ -4,7 +4,7 @@
     python relabel.py runs/toy-convnet/cfm-ipc10 --teacher DIR    another teacher's labels
     python relabel.py runs/toy-convnet --images DIR               another method's DIR/<class>/*
 
-A view (crop box, flip, CutMix partner and patch) is a pure function of (seed, epoch, image): eval.py rebuilds exactly
+A view (crop box, flip, CutMix partner, patch) follows from seed, epoch, image, N, S, scale: eval.py rebuilds exactly
 the pixels that the teacher saw, and only the labels have to be stored. Writes RUN/labels/, or RUN/labels-<teacher>/:
 soft_labels.npy, float16 logits [E, N, K]: ImageNet's at IPC 50 30 GB, less by --keep-epochs, --top-k ([E, N, 2k+1])."""
 import contextlib
@@ -26,7 +26,7 @@ import squeeze
 from squeeze import BadInput, number
 
 class Views(NamedTuple):
-    """One random view of each of N images. Of several epochs: theirs one after another, as if of more images."""
+    """One random view of each of N images. Of E epochs E N views, an epoch after the other (N below: E N)."""
     boxes: torch.Tensor         # [N, 4] crop: centre x, centre y, width, height, as fractions of the image
     flips: torch.Tensor         # [N] bool
     partner: torch.Tensor       # [N] int64: whose view is pasted
@@ -62,8 +62,8 @@ def soft_labels(network, teacher, images, views, batch):
 
 # ---- Labels on disk, few epochs at a time, so that memory does not grow with the epochs ------------------------------
 def labeller(run, config, teacher):
-    """Of the squeeze run `teacher` that labels a run (None: the one whose spectra were matched), checked to know the
-    run's data set, image by image: (its folder, the folder of its labels, the hashes of what they are made from)."""
+    """(Folder of the squeeze run that labels a run, folder of its labels, hashes of what they are made from). teacher:
+    that squeeze run; None: the one whose spectra were matched. BadInput if its images or their size are others."""
     own = Path(run).resolve().parent
     parent = Path(teacher or own)
     found, size = squeeze.read_config(parent, "squeeze"), squeeze.read_config(own, "squeeze")["settings"]["size"]
@@ -93,7 +93,7 @@ def check_labels(path, shape):
     raise BadInput(f"{path}: not finite float16 labels {shape}: remove {path.parent} and relabel")
 
 def write(path, shape, label, together):
-    """All epochs in order, `together` at a time; label(epoch, n): what to store of n from there, [n N, width]. They are
+    """All epochs in order, `together` at a time; label(epoch, n): the labels of n from epoch on, [n N, width]. They are
     appended, flushed to the disk, log.jsonl tells their hashes: a killed run goes on after the last such group."""
     part, log, size, done = path.with_suffix(".npy.tmp"), path.with_name("log.jsonl"), 2 * math.prod(shape[1:]), 0
     sums = dict(re.findall(rb'"epoch": (\d+), "sha256": "(\w+)"', log.read_bytes() if log.is_file() else b""))
@@ -203,7 +203,7 @@ def main(argv):
     parent, folder, inputs = labeller(run, config, args.teacher)
     K = len(content["classes"])
     if args.top_k and not 2 * args.top_k + 1 < K <= 2048:
-        raise BadInput(f"--top-k {args.top_k} of {K} classes: 2k + 1 must be below that, that at most 2048: omit it")
+        raise BadInput(f"--top-k {args.top_k} of {K} classes: must be below {(K - 1) / 2:g}, with 2048 classes at most")
     shape = args.keep_epochs, len(content["images"]), 2 * args.top_k + 1 if args.top_k else K
     size, path = 2 * math.prod(shape), folder / "soft_labels.npy"
     if not (folder / "log.jsonl").is_file() and size > (free := shutil.disk_usage(run).free):
@@ -215,7 +215,7 @@ def main(argv):
         views = draw_views(args.seed, epoch, len(images), images.shape[-1], args.scale, device, n)
         logits = soft_labels(network, teacher, images, views, args.batch)
         return compress(logits, args.top_k) if args.top_k else logits
-    settings = squeeze.settings(args, ("run", "images", "teacher", "batch"))     # batch hardly does
+    settings = squeeze.settings(args, ("run", "images", "teacher", "batch"))     # it hardly matters
     config = squeeze.open_run(folder, "relabel", settings, inputs, args.resume)
     if not config["artefacts"]:
         print(f"{path}: logits {list(shape)}, {size / 1e6:.2f} MB; images are {images.numel() / 1e6:.2f} MB")

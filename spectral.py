@@ -5,7 +5,7 @@ distillation objectives compare two matrices of a frozen network's features, aft
     min over X_s  || f(FFC) g(FLC) - f(FFC_s) g(FLC_s) ||,   g = I (match filters) or g(x) = x (match signals)  (Eq. 1)
 
 Letters:
-    B batch  C channels  H W pixels  T tokens  K classes  N = K * IPC synthetic images  L layers of equal C, stacked
+    B batch  C channels  K classes  T = IPC rounds  N = K * IPC synthetic images  L layers of equal C, stacked
     X [n, C]    feature vectors as rows, one for every pixel or token; H [B, C] their means by image; Y [B, K] labels
     FFC         feature-feature correlation, Psi [C, C]: which directions the features share (biased covariance)
     FLC         feature-label correlation, Phi [C] or [C, K]: where in those directions the classes lie
@@ -72,8 +72,8 @@ def collect_inputs(network: nn.Module, select: Callable = is_main_convolution, t
         x = output if outputs else (*args, *kwargs.values())
         x = x[0] if isinstance(x, tuple) and x else x
         lost = grad == [True] and not torch.is_grad_enabled()
-        wrong = f"takes or gives a {type(x).__name__}" if not torch.is_tensor(x) else "runs without gradient in a " \
-            "network with one (a checkpoint: use_reentrant=False)" if lost else \
+        wrong = f"takes or gives a {type(x).__name__}" if not torch.is_tensor(x) else "loses its gradient (in a " \
+            "checkpoint: give that use_reentrant=False)" if lost else \
             "runs twice in a forward pass" if name in layers and not again else ""
         if wrong:
             raise ValueError(f"select: module {name!r} {wrong}: leave it out")
@@ -111,8 +111,8 @@ class Statistics(NamedTuple):
 
     @property
     def uncentred(self) -> Tensor:
-        """H^T H / n = Psi + m m^T. Eq. 15-18 (CFM) and covariance matching centre, so a direction counts by how much
-        features vary along it; for a linear head without bias (Eq. 4-14: DC, MTT, FrePo) the mean is one more."""
+        """X^T X / n = Psi + m m^T. Eq. 15-18 (CFM) and covariance matching centre, so a direction counts by how much
+        features vary along it; for a linear head without bias (Eq. 4-14: DC, MTT, FrePo) the mean counts, too."""
         return self.ffc + self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
 
 class _Covariance(torch.autograd.Function):
@@ -168,7 +168,7 @@ def moments(features: Tensor, labels: Tensor | None = None, layout: str | None =
         return Statistics(len(X), mean, psi, H.T @ Y / len(H), Y.mean(0))
 
 def merge(a, b, step: int | None = None):
-    """The Statistics of two disjoint sets together, exactly, in any split and order (Chan, Golub, LeVeque 1979):
+    """The Statistics of two disjoint sets together, exactly (FLC: of equally large images; Chan, Golub, LeVeque):
         Psi = (1 - w) Psi_a + w Psi_b + w (1 - w) d d^T,  d = m_b - m_a,  w = n_b / n.
     EMU: a, b may be {name: Statistics}, of the finished batches (none yet: {} or None) and of the current one. step =
     2, 3, ...: Eq. 17 as written, w = 1 / step and no last term: the mean of the batches' statistics. It drops what lies
@@ -294,7 +294,7 @@ class _Ridge(torch.autograd.Function):
 def spectral_filter(ffc: Tensor, f: Callable) -> Tensor:
     """f(Psi) = U diag(f(lambda)) U^T [..., C, C] for symmetric ffc and any differentiable f on the eigenvalues.
     By f.matrix where f has it, else by eigh. Differentiable in ffc, at repeated eigenvalues too (not in what f holds);
-    with f.matrix twice, and open to vmap, else an error says not. Only ffc's symmetric part counts. Rounding can put a
+    twice, and under vmap, only with f.matrix (else an error). Only ffc's symmetric part counts. Rounding can put a
     zero eigenvalue at -1e-8 of the largest: f must be defined there. ValueError unless the last two axes are equal.
     >>> spectral_filter(torch.diag(torch.tensor([1., 4.])), torch.sqrt).diagonal()
     tensor([1., 2.])"""
@@ -323,16 +323,16 @@ def cfm_pairs(alpha: float | None) -> list:
 
 def filtered(layers, pairs, signal="mean", centred=True, side=0):
     """(pairs, what each compares) for layers [Statistics, ...] of equal C, stacked: f(Psi) [L, C, C], its diagonal [L,
-    C, 1], or f(Psi) Phi [L, C, K]. side: 0 real, 1 synthetic."""
+    C, 1], or f(Psi) Phi [L, C, K]. side: 0 real, -1 synthetic."""
     psi = torch.stack([layer.ffc if centred else layer.uncentred for layer in layers])
     phi = torch.stack([layer.flc / (layer.share * len(layer.share)).clamp(min=1e-30) if signal == "class" else
                        layer.mean.unsqueeze(-1) for layer in layers])          # a class not there: share and flc are 0
     pairs = pairs(psi) if callable(pairs) else pairs
     if strange := [g for g, *_ in pairs if g not in ("I", "diag", "x")]:
         raise ValueError(f"pairs: g must be I, diag or x, found {strange[0]!r}")
-    F = {f: spectral_filter(psi, f) for f in dict.fromkeys(both[-side] for _, *both in pairs)}     # CFM's two share it
+    F = {f: spectral_filter(psi, f) for f in dict.fromkeys(both[side] for _, *both in pairs)}     # CFM's two share it
     show = {"I": lambda M: M, "diag": lambda M: M.diagonal(0, -2, -1)[..., None], "x": lambda M: M @ phi}
-    return pairs, [show[g](F[both[-side]]) for g, *both in pairs]
+    return pairs, [show[g](F[both[side]]) for g, *both in pairs]
 
 def matching(real: dict, pairs: list | Callable, signal: str = "mean", centred: bool = True) -> Callable:
     """The objective: loss(layers, memory={}, step=None) -> sum over layers and pairs of
@@ -340,7 +340,7 @@ def matching(real: dict, pairs: list | Callable, signal: str = "mean", centred: 
     real, layers, memory: {name: Statistics}. The real side is filtered once, here; layers of equal C go together.
     pairs: (g, f), or (g, f_real, f_syn), or a function of a stack's real Psi [L, C, C] that gives them. g: "I" matches
     filters f(Psi), "diag" their diagonals, "x" signals f(Psi) Phi. signal: Phi is the mean [C, 1], or with "class"
-    [C, K] the means over K of the classes in it, whatever their sizes. centred: Psi the covariance or H^T H / n.
+    [C, K] the class means over K, of the classes in the batch. centred: Psi the covariance or X^T X / n.
     ValueError if real is not finite or lacks classes, layers lack labels or are not real's, or alpha is too small.
     >>> matching({"fc": moments(X := torch.rand(20, 4))}, cfm_pairs(0.1))({"fc": moments(X)})
     tensor(0.)"""
@@ -364,7 +364,7 @@ def matching(real: dict, pairs: list | Callable, signal: str = "mean", centred: 
             raise ValueError("labels: signal 'class' needs moments with labels")
         for names, chosen, wanted in targets:
             with full_precision(wanted[0]):
-                found = filtered([joined[name] for name in names], chosen, signal, centred, 1)[1]
+                found = filtered([joined[name] for name in names], chosen, signal, centred, -1)[1]
                 for (g, *_), a, b in zip(chosen, wanted, found):
                     gap = a.to(b.dtype) - b
                     if g == "x" and signal == "class":

@@ -4,7 +4,7 @@
     python squeeze.py --dataset cifar10 --network convnet --epochs 16  9 to 40 minutes there
 
 Writes runs/<dataset>-<network>/, with what is not the default in its name (...-epochs16): teacher.pt, statistics.pt,
-config.json (settings, versions, hashes), log.jsonl (a line an epoch). Before the stage stands what all stages share."""
+config.json (settings, versions, hashes), log.jsonl (a line an epoch). First comes what all stages share."""
 import argparse
 import contextlib
 import ctypes
@@ -34,8 +34,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, make_dat
 import spectral
 
 # One row a data set: what it is, then each stage's settings (paper, Tables 9-12, and the authors' code for views,
-# labels, students; ours: toy, CIFAR-10's batch of 10, and views, the least that a student sees). `ours`: defaults,
-# measured on CIFAR only; `early`: its teacher's epochs / sqrt(IPC); batch: (limit, small up to it, large beyond).
+# labels, students; ours: toy, batches of 10 of CIFAR-10's students, views, the least they see). `ours`: defaults,
+# measured on CIFAR only; `early`: its teacher's epochs / sqrt(IPC); batch: a student's, (N, up to N, beyond N).
 RECOVER = dict(alpha_max=0.1, iterations=1000, lr=0.1, batch=200, gamma=0.1, init="real", emu="paper")
 SMALL = dict(epochs=100, lr=0.1, wd=5e-4, batch=128, schedule="cosine", augment="crop")
 LARGE = dict(epochs=90, lr=0.1, wd=1e-4, batch=256, schedule="cosine", augment="resized")
@@ -115,8 +115,8 @@ class Data(NamedTuple):
     size: int               # S, pixels
     train: Split
     test: Split
-    sha256: str             # of the training labels and images; of files, names and lengths: reading takes an hour
-    tested: str = ""        # the same of the test set: it is what a row of eval.py is of, not a teacher
+    sha256: str             # of training labels and images (of files names and sizes: reading takes an hour)
+    tested: str = ""        # the same of the test set: eval.py's rows depend on it, no teacher does
 
 def toy(per_class, classes, seed, size=32):
     """Toy images uint8 [n, 3, S, S], labels [n]. Class k is a pair: colour layout k // 2 (low frequency) and stripe
@@ -138,7 +138,7 @@ def load_toy(root, classes):
     return Split(*train), Split(*test), [f"layout{k // 2}-{('rows', 'columns')[k % 2]}" for k in range(classes)]
 
 def download(url, md5, root, inside=""):
-    """Fetch and unpack a data set's archive, into a folder that is there: a name mistyped makes none."""
+    """Fetch and unpack a data set's archive, into "data" or a folder that is there: a typo makes none."""
     if root != "data" and not Path(root).is_dir():
         raise BadInput(f"--data {root}: no such folder: name the data set's, or an empty one to load it to")
     print(f"--data {root}: incomplete, so downloading {url}")
@@ -169,7 +169,7 @@ def load_cifar(kind, root, _):
                 continue
             labels = torch.tensor(content[key.replace("label_names", "labels")]).long().view(-1)
             images = torch.from_numpy(content["data"].astype(np.uint8, casting="no").reshape(len(labels), 3, 32, 32))
-            F.one_hot(labels.view(50000 if name == "train" else 10000), len(classes))      # refuses what is no class
+            F.one_hot(labels.view(50000 if name == "train" else 10000), len(classes))      # raises: count, classes
             parts.append(Split(images, labels))
         except Exception as error:                         # what pickle raises has no common ancestor
             raise BadInput(f"--data {folder / name}: truncated, damaged or hostile ({error}): remove it") from error
@@ -321,7 +321,7 @@ def native_precision(device):
     return "bfloat16" if native else "float32"
 
 def forward(network, x):
-    """network(x) in the network's precision, float32 or better out. Statistics leave it, losses come after."""
+    """network(x) in the network's precision, float32 or better out. Statistics and losses are never in bfloat16."""
     with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=network.precision == "bfloat16"):
         return spectral.single(network(x))
 
@@ -451,7 +451,7 @@ def show(args):
     print("settings: " + " ".join(f"{key}={value}" for key, value in settings(args).items()))
 
 def changed(settings, defaults, hidden=()):
-    """["epochs16", "emupaper", ...]: what is not the default. Folders and rows are named so: no two runs share one."""
+    """["epochs16", "emupaper", ...]: what is not the default. Folders and rows are named so."""
     return [key.replace("_", "-") + ("" if value is True else Path(str(value)).name) for key, value in settings.items()
             if key not in hidden and value != defaults[key]]
 
@@ -478,18 +478,18 @@ def train(network, data, teacher, args, folder):
             optimizer.step()
             total += loss.detach()
         if not math.isfinite(total.item()):
-            raise BadInput(f"--lr {args.lr}: training diverged in epoch {epoch + 1}: remove {folder} and lower it")
+            raise BadInput(f"--lr {args.lr}: training diverged in epoch {epoch + 1}: remove {folder}, lower --lr")
         score, seconds = accuracy(network, data, teacher), time.time() - start
         if epoch + 1 in (args.keep or ()):
             save(folder / f"epoch{epoch + 1}of{args.epochs}.pt", dict(**teacher, state_dict=network.state_dict()))
         save(checkpoint, dict(epoch=epoch + 1, **{name: part.state_dict() for name, part in parts.items()}))
         log(folder, epoch=epoch + 1, loss=total.item() / steps, test=score, seconds=seconds)
-        print(f"epoch {epoch + 1}/{args.epochs}  loss {total.item() / steps:.3f}  test {score:.2f} %  {seconds:.0f} s  "
+        print(f"epoch {epoch + 1}/{args.epochs}  loss {total.item() / steps:.3f}  acc. {score:.2f} %  {seconds:.0f} s  "
               f"{seconds * (args.epochs - epoch - 1) / 60:.1f} min left", flush=True)
 
 def gather_statistics(network, data, teacher, batch):
-    """One pass over the training set: {"layers": {name: Statistics of every convolution's and the last linear layer's
-    input}, "head": that layer's name, "confidence" [n]: log-probability of each image's own class}."""
+    """One pass over the training set: {"layers": {name: Statistics of the inputs of convolutions (no shortcuts) and
+    the last linear layer}, "head": that layer's name, "confidence" [n]: log-probability of each image's own class}."""
     head = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]     # its input: H
     wanted = lambda name, module: name == head or spectral.is_main_convolution(name, module)
     start, confidence, device = time.time(), [], next(network.parameters()).device
@@ -551,7 +551,7 @@ def parse(argv):
     add("--validate", action="store_true", help="hold out the last tenth of each class, to choose settings on")
     add = parser.add_argument_group("instead of training").add_mutually_exclusive_group().add_argument
     add("--pretrained", action="store_true", help="imagenet only: torchvision's weights")
-    add("--teacher", metavar="FILE", help="a state dict of --network, or a dict of state_dict, mean and std")
+    add("--teacher", metavar="FILE", help="a state dict of --network, or a dict of it, mean, std, classes")
     args = parser.parse_args(argv)
     for flag, only in (("size", "folder"), ("pretrained", "imagenet"), ("classes", "toy")):
         if getattr(args, flag) and args.dataset != only:

@@ -310,7 +310,7 @@ def test_uncentred_moments_are_h_transposed_h():
     sets, memory = [torch.randn(4, 5, dtype=torch.float64) + 30 for _ in range(3)], {}
     for b, H in enumerate(sets, 1):
         memory = spectral.merge(memory, {"x": spectral.moments(H)})
-        _, (found, phi) = spectral.filtered(list(memory.values()), baselines.METHODS["dc"][0](None), "mean", False, 1)
+        _, (found, phi) = spectral.filtered(list(memory.values()), baselines.METHODS["dc"][0](None), "mean", False, -1)
         H = torch.cat(sets[:b])
         assert torch.allclose(found[0], H.T @ H / len(H), rtol=1e-10) and torch.allclose(phi[0, :, 0], H.mean(0))
     assert torch.allclose(spectral.moments(H).uncentred, H.T @ H / len(H), rtol=1e-10)
