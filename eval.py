@@ -120,7 +120,7 @@ def find_labels(job, args):
     if (k := labels["settings"].get("top_k")) and args.temperature != 20:
         raise BadInput(f"--temperature {args.temperature}: {job.stored} is of --top-k, made for 20: relabel without")
     if (args.epochs or 0) > labels["settings"]["epochs"]:
-        raise BadInput(f"--epochs {args.epochs}: {job.stored} holds {labels['settings']['epochs']}: relabel with more")
+        raise BadInput(f"--epochs {args.epochs}: {job.stored} holds {labels['settings']['epochs']}: remove it, relabel")
     width = 2 * k + 1 if k else len(job.content["classes"])
     shape = labels["settings"]["keep_epochs"], len(job.content["images"]), width
     relabel.check_labels(squeeze.checked(job.stored, "soft_labels.npy", labels), shape)
@@ -128,12 +128,14 @@ def find_labels(job, args):
 
 def evaluate(job, network, args):
     """One row: all seeds of a student network on one run; result.json after each seed. Returns its name and it."""
-    usual, path = relabel.recipe(job.made["dataset"], len(job.images)), Path(job.run) / "result.json"
+    path, usual = Path(job.run) / "result.json", {**relabel.recipe(job.made["dataset"], len(job.images)), "seed": 0,
+                                                  "top_k": None, "keep_epochs": job.views["epochs"]}
     args = Namespace(**{**vars(args), "network": network, "epochs": args.epochs or job.views["epochs"],
                         "batch": min(len(job.images), args.batch or usual["batch"]),
                         "teacher": args.teacher and job.labeller.resolve().name})      # its hash is in the labels' one
     chosen = squeeze.settings(args, ("runs", "report", "export", "data", "seeds"))
-    name = "-".join([network, *squeeze.changed(chosen, {**vars(parse([job.run])), **usual}, ("network",))])
+    name = "-".join([network, *squeeze.changed({**chosen, **job.views, "epochs": args.epochs},
+                                               {**vars(parse([job.run])), **usual}, ("network", "precision"))])
     job.identity = {"settings": {**chosen, "precision": job.content["precision"]}, "test": job.data.tested,
                     "views": job.views, "labels": job.label_hash, "images": job.inputs["images.pt"]}
     result = squeeze.read_json(path)
@@ -250,7 +252,7 @@ def report(runs, device):
         rows[name] = dict(high_share=share, similarity=similarity, psd=power.tolist())
         print(f"{name:34s} {100 * share:14.2f} % {similarity or math.nan:11.3f}")
         curves[name] = radius.tolist(), power.clamp(min=1e-12).tolist()        # flat images have none
-        if made["settings"].get("iterations"):             # real images have no filter
+        if made["settings"].get("iterations") and made["settings"]["layers"] == "conv":   # real images have no filter
             filters.update(responses(name, Namespace(**made["settings"]), statistics["layers"][layer]))
         by_round = images.view(ipc, K, *images.shape[1:]) if len(images) == ipc * K else images[None, :K]
         tiles += [by_round[k, c % K] for k in (0, len(by_round) - 1) for c in range(10)]
@@ -282,8 +284,8 @@ def parse(argv):
     add("--temperature", type=number(float, 0, strict=True), default=20.0, help="of the soft labels (default 20)")
     add("--schedule", choices=["stretched", "cosine"], default="stretched", help="cosine to half the rate, or to zero")
     add("--ema", type=number(float, 0, 1), default=0.99, help="decay of the student's average, a step (default 0.99)")
-    add("--hard", action="store_true", help="hard labels instead of the teacher's, on views of the same kind")
-    add("--online", action="store_true", help="ask the teacher at every epoch and store no labels")
+    add("--hard", action="store_true", help="hard labels instead of the teacher's, on views of the default kind")
+    add("--online", action="store_true", help="ask the teacher at every epoch, of default views; store no labels")
     args = parser.parse_args(argv)
     if args.export and (args.report or len(args.runs) > 1):
         raise BadInput(f"--export takes one RUN, found {len(args.runs)}, and no --report: leave one out")
@@ -293,15 +295,13 @@ def parse(argv):
 
 def main(argv):
     args, device = parse(argv), squeeze.pick_device()
-    if args.export:
-        return export(args.runs[0], args.export)
-    if args.report:
-        return report(args.runs, device)
+    if args.export or args.report:
+        return export(args.runs[0], args.export) if args.export else report(args.runs, device)
     jobs = [load_job(run, args) for run in args.runs]      # all checks before any work, also of labels that are there
     for job in sorted(jobs, key=lambda job: not (job.stored / "soft_labels.npy").is_file()):
         job.views, job.label_hash, job.label_bytes = find_labels(job, args)
-    line = "%-44s %-24s %-13s %2s %13s %13s %10s %10s %8s"
-    table = ["", line % ("run", "labels of", "student", "n", "averaged", "raw", "images", "labels", "time")]
+    line = f"%-{max(map(len, args.runs))}s %2s %13s %13s %10s %10s %8s  %-24s %s"
+    table = ["", line % ("run", "n", "averaged", "raw", "images", "labels", "time", "labels of", "student")]
     while jobs:                                            # the images of one at a time on the device
         job = jobs.pop(0)
         job.images = job.content["images"].to(device)
@@ -311,10 +311,10 @@ def main(argv):
             scores = ("%6.2f ± %4.2f" % (row[kind], row[kind + "_std"]) for kind in ("averaged", "raw"))
             sizes = ("%.2f MB" % (row[kind + "_bytes"] / 1e6) for kind in ("image", "label"))
             who = "none" if args.hard else job.labeller.resolve().name
-            table.append(line % (job.run, who, name, len(row["seeds"]), *scores, *sizes, f"{row['seconds']:.0f} s"))
+            table.append(line % (job.run, len(row["seeds"]), *scores, *sizes, f"{row['seconds']:.0f} s", who, name))
     print(*table, f"top-1 {'held-out' if args.validate else 'test'} accuracy in %, last epoch, mean and deviation over "
           f"n seeds; peak memory {recover.peak_memory(device):.0f} MB",
-          "next: the same with recover.py --iterations 0, the honest rival", sep="\n")
+          "the honest rival: real images, recover.py --iterations 0", sep="\n")
 
 if __name__ == "__main__":
     squeeze.script(main)

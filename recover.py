@@ -235,7 +235,7 @@ def add_flags(parser):                                     # shared with baselin
     add("--dataset", choices=list(squeeze.PRESETS), help="default: the teacher's, or toy")
     add("--data", metavar="DIR", help="where it lies (default: where squeeze.py found it, or data)")
     add("--network", choices=squeeze.TEACHERS, help="the teacher's (default: convnet for toy, else resnet18)")
-    add("--teacher", metavar="DIR", help="the squeeze run to use (default: the data set's, made if absent)")
+    add("--teacher", metavar="DIR", help="the squeeze run to use (default: by squeeze's defaults, made if absent)")
     add("--ipc", type=number(int, 1), default=10, help="images per class (default 10)")
     add = parser.add_argument_group("how").add_argument
     add("--preset", choices=["ours", "paper"], default="ours", help="what flags left out take (default ours)")
@@ -265,7 +265,7 @@ def parse(argv):
 def preset_of(args):
     """What flags left out take: our settings or the paper's (the paper's, too, with --iterations 0)."""
     preset = squeeze.PRESETS[args.dataset]
-    ours = preset["ours"] if args.preset == "ours" and args.iterations != 0 else {}
+    ours = preset.get("ours", {}) if args.preset == "ours" and args.iterations != 0 else {}
     return {**preset["recover"], **ours, "network": preset["network"]}
 
 def run_name(method, args, defaults):

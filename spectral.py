@@ -13,7 +13,7 @@ Letters:
     pairs       [(g, f), ...]: what is compared (Theorem 1); CFM's by `cfm_pairs`, other methods' in baselines.py
 Large lambda is low frequency (colour, coarse shape), small lambda is high frequency (texture, diversity).
 
-Needs torch alone. No I/O, no global state, no device choice. Mistakes in arguments are ValueErrors that name them;
+Needs torch alone. No I/O, no global state, no device choice. Most mistakes in arguments are ValueErrors that name them;
 features that are not finite show as a loss that is not. All of it, from a loader to the gradient of some images:
     >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
     >>> loader = [(torch.rand(20, 3, 9, 9), torch.arange(20) % 5) for _ in range(3)]
@@ -54,7 +54,7 @@ def collect_inputs(network: nn.Module, select: Callable = is_main_convolution, t
                    labels: Tensor | None = None, layout: str | None = None, outputs: bool = False):
     """Context: a dict {name: transform(input)} of the selected modules, filled anew by each call of network.
     select(name, module) -> bool. A module's input is its first argument; outputs: what it returns instead (the first of
-    several). transform: of the features, or `moments`, which is given labels and layout (None: by layout_of). The
+    several). transform: of the features, or `moments`, given labels and layout (where layout_of is not sure). The
     hooks see this thread's calls only. ValueError if nothing is selected, or what runs twice or takes no tensor.
     >>> with collect_inputs(network := nn.Sequential(nn.Conv2d(3, 8, 3))) as features:
     ...     logits = network(torch.rand(2, 3, 9, 9))
@@ -77,7 +77,7 @@ def collect_inputs(network: nn.Module, select: Callable = is_main_convolution, t
             "runs twice in a forward pass" if name in layers and not again else ""
         if wrong:
             raise ValueError(f"select: module {name!r} {wrong}: leave it out")
-        value = moments(x, labels, layout or layout_of(name, module, x)) if transform is moments else transform(x)
+        value = moments(x, labels, layout_of(name, module, x, layout)) if transform is moments else transform(x)
         layers.setdefault(name, value)
     selected = [(name, module) for name, module in network.named_modules() if select(name, module)]
     if not selected:
@@ -89,14 +89,14 @@ def collect_inputs(network: nn.Module, select: Callable = is_main_convolution, t
             hooks.enter_context(register(lambda *args, name=name: hook(name, *args), with_kwargs=True))
         yield layers
 
-def layout_of(name, module, x):
-    """Channels first for convolutions, last for linear and batch_first recurrent modules; else a ValueError."""
+def layout_of(name, module, x, layout=None):
+    """Channels first for convolutions, last for linear and batch_first recurrent modules; else layout or ValueError."""
     convolution = isinstance(module, nn.modules.conv._ConvNd) and x.ndim == len(module.kernel_size) + 2
     last = isinstance(module, nn.Linear) or isinstance(module, nn.RNNBase) and module.batch_first
-    if x.ndim > 2 and not convolution and not last:
+    if x.ndim > 2 and not convolution and not last and not layout:
         raise ValueError(f"layout: that of module {name!r}, {type(module).__name__} with {tuple(x.shape)}, is not "
                          "certain: say map (channels first) or tokens (last)")
-    return "plain" if x.ndim == 2 else "map" if convolution else "tokens"
+    return "plain" if x.ndim == 2 else "map" if convolution else "tokens" if last else layout
 
 class Statistics(NamedTuple):
     """What is kept of a layer: of a batch (with gradient), of a set, of the finished batches."""
@@ -198,11 +198,11 @@ def real_statistics(network: nn.Module, batches: Iterable, K: int, select: Calla
         raise ValueError("network is in training mode, its statistics would change on the way: call network.eval()")
     layers = {}
     for images, labels in batches:
-        with collect_inputs(network, select, moments, nn.functional.one_hot(labels, K), **more) as seen:
+        with collect_inputs(network, select, moments, nn.functional.one_hot(labels.long(), K), **more) as seen:
             forward(images, labels) if forward else network(images)
         layers = merge(layers, {name: layer.to(torch.float64) for name, layer in seen.items()})
     if not layers:
-        raise ValueError("batches: none found")
+        raise ValueError("batches: none, or no selected module ran")
     return layers
 
 # ---- Filters f(FFC) = U f(Lambda) U^T: functions of the eigenvalues. Where it can be had without them, f has that
@@ -292,9 +292,9 @@ class _Ridge(torch.autograd.Function):
             return F @ ((G + G.mT) / -2) @ F, None
 
 def spectral_filter(ffc: Tensor, f: Callable) -> Tensor:
-    """f(Psi) = U diag(f(lambda)) U^T [..., C, C] for symmetric ffc and any differentiable f on the eigenvalues.
+    """f(Psi) = U diag(f(lambda)) U^T [..., C, C] for symmetric ffc and differentiable f, of each eigenvalue alone.
     By f.matrix where f has it, else by eigh. Differentiable in ffc, at repeated eigenvalues too (not in what f holds);
-    twice, and under vmap, only with f.matrix (else an error). Only ffc's symmetric part counts. Rounding can put a
+    twice, and in torch.func, only with f.matrix (else an error). Only ffc's symmetric part counts. Rounding can put a
     zero eigenvalue at -1e-8 of the largest: f must be defined there. ValueError unless the last two axes are equal.
     >>> spectral_filter(torch.diag(torch.tensor([1., 4.])), torch.sqrt).diagonal()
     tensor([1., 2.])"""

@@ -309,7 +309,7 @@ def build_network(name, classes, size, precision="float32"):
         modules = list(network.named_modules())
         stem, conv = next(pair for pair in modules if isinstance(pair[1], nn.Conv2d))
         network.set_submodule(stem, nn.Conv2d(3, conv.out_channels, 3, padding=1, bias=conv.bias is not None))
-        for pool in [path for path, module in modules if isinstance(module, nn.MaxPool2d)]:        # one or none
+        for pool in [path for path, module in modules if isinstance(module, nn.MaxPool2d)][:1]:    # one or none
             network.set_submodule(pool, nn.Identity())
     network.precision = precision
     return network.to(memory_format=torch.channels_last)
@@ -430,7 +430,7 @@ def open_run(folder, stage, settings, inputs, resume):
     config = read_config(folder, stage, True)
     now, then = {**settings, **inputs}, {**config["settings"], **config["inputs"]}         # hashes stand for paths
     for k in [key for key in {**then, **now} if now.get(key) != then.get(key)]:
-        raise BadInput(f"{stage}.py --resume {folder}: {k} is {now.get(k)!r} now and was {then.get(k)!r}: use that")
+        raise BadInput(f"{folder}: {k} is {now.get(k)!r} now and was {then.get(k)!r}: use that, or remove the folder")
     return config
 
 def finish_run(folder, config, artefacts, **results):
@@ -503,13 +503,13 @@ def gather_statistics(network, data, teacher, batch):
                 confidence=torch.cat(confidence))
 
 def fold(network):
-    """The network in eval mode with every BatchNorm folded into the convolution before it (its neighbour in order of
-    definition), and no weight gradients. The inputs of the convolutions, and so all statistics, stay what they are."""
+    """The network in eval mode with every BatchNorm folded into the convolution before it (defined right before it, in
+    the same block), and no weight gradients. The convolutions' inputs, and so all statistics, stay what they are."""
     modules = list(network.eval().named_modules())
-    for (first, conv), (second, norm) in zip(modules, modules[1:]):
-        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-            network.set_submodule(first, nn.utils.fusion.fuse_conv_bn_eval(conv, norm))
-            network.set_submodule(second, nn.Identity())
+    for (a, conv), (b, norm) in zip(modules, modules[1:]):
+        if (type(conv), type(norm)) == (nn.Conv2d, nn.BatchNorm2d) and a.rpartition(".")[0] == b.rpartition(".")[0]:
+            network.set_submodule(a, nn.utils.fusion.fuse_conv_bn_eval(conv, norm))
+            network.set_submodule(b, nn.Identity())
     return network.requires_grad_(False).to(memory_format=torch.channels_last)
 
 def given_weights(network, args, teacher):
@@ -564,8 +564,8 @@ def parse(argv):
     preset = PRESETS[args.dataset]
     if max(args.keep or [0]) > (args.epochs or preset["squeeze"]["epochs"]):
         raise BadInput(f"--keep {max(args.keep)} found, must be at most --epochs")
-    return fill(args, {**preset["squeeze"], "network": preset["network"], "size": preset["size"], "classes": 10,
-                       "precision": native_precision(pick_device())})
+    return fill(args, {**preset["squeeze"], "network": preset["network"], "size": preset["size"],
+                       "classes": 10 if args.dataset == "toy" else None, "precision": native_precision(pick_device())})
 
 def teacher_folder(args):
     """runs/<dataset>-<network>, then every setting that is not the data set's default; of one's own folder its name."""

@@ -218,7 +218,7 @@ def test_every_method_runs_on_toy_images(here, method):
     real = squeeze.toy(1000, 4, 0)[0][[0, 1000, 2000, 3000]]
     assert content["images"].shape == (8, 3, 32, 32) and (content["images"][:4] != real).any()
     assert config["settings"]["method"] == method and config["settings"]["signal"] == (
-        "mean" if method in ("sre2l", "cda", "dwa") else "class")
+        baselines.METHODS[method][1])
 
 
 def test_last_layer_on_request(here):

@@ -137,6 +137,16 @@ def test_folding_changes_nothing_and_selects_the_papers_layers(name, size, convo
     assert all(torch.allclose(before[key], after[key], atol=1e-4) for key in before)
 
 
+def test_folding_leaves_a_norm_after_a_sum_alone():
+    """DenseNet's first norm of a block follows the block before by definition, not in the forward pass."""
+    torch.manual_seed(0)
+    network, x = squeeze.build_network("densenet121", 5, 32).train(), torch.randn(4, 3, 32, 32)
+    network(x)
+    with torch.no_grad():
+        logits = network.eval()(x)
+        assert torch.allclose(squeeze.fold(network)(x), logits, atol=1e-4)
+
+
 def test_views_are_bitwise_the_same_whatever_the_batch():
     """What the teacher saw in relabel (batches in order) is what a student sees in eval (any batch, any order)."""
     images = squeeze.toy(10, 4, 0)[0]
@@ -196,7 +206,12 @@ def test_pipeline_and_its_contracts(here, capsys):
     evaluation.main([str(run), "--seeds", "1", "--epochs", "2", "--hard", "--resume"])
     assert set(squeeze.read_json(run / "result.json")) == {"convnet-epochs3", "convnet-epochs2-hard"}
     shutil.rmtree(run / "labels")                          # results of other labels must not pass for new ones
-    relabel.main([str(run), "--epochs", "3", "--seed", "1"])
+    relabel.main([str(run), "--epochs", "3", "--seed", "1", "--scale", "0.5"])
+    evaluation.main([str(run), "--seeds", "1", "--resume"])
+    result = squeeze.read_json(run / "result.json")
+    assert set(result) == {"convnet-epochs3", "convnet-epochs2-hard", "convnet-epochs3-scale0.5-seed1"}
+    result["convnet-epochs3-scale0.5-seed1"]["labels"] = row["labels"]         # a row of labels since made anew
+    squeeze.save(run / "result.json", result)
     with pytest.raises(BadInput, match="is of other labels"):
         evaluation.main([str(run), "--seeds", "3", "--resume"])
 
@@ -468,7 +483,7 @@ def test_a_row_is_of_one_test_set_and_named_in_full(here, monkeypatch, capsys):
     recover.main(["--iterations", "0", "--ipc", "2"])
     run = Path("runs/toy-convnet/real-ipc2")
     evaluation.main([str(run), "--seeds", "1", "--epochs", "2"])
-    assert "toy-convnet              convnet-epochs2 " in capsys.readouterr().out
+    assert "toy-convnet              convnet-epochs2\n" in capsys.readouterr().out
     train, test, names = squeeze.LOADERS["toy"](None, 4)
     monkeypatch.setitem(squeeze.LOADERS, "toy", lambda *_: (train, squeeze.select(test, torch.arange(1, len(test.labels))), names))
     one_line(evaluation.main, [run, "--seeds", "2", "--epochs", "2", "--resume"], "convnet-epochs2", "tests")

@@ -527,6 +527,11 @@ def test_what_hooks_refuse():
     with sp.collect_inputs(blocks, of("0"), sp.moments, layout="tokens") as layers:
         blocks(torch.randn(2, 3, 4))
     assert layers["0"].mean.shape == (4,)
+    mixed = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(2), nn.LayerNorm(25), nn.Linear(25, 5), nn.Flatten(), nn.Linear(20, 2))
+    for layout, width in (("tokens", 25), ("map", 4)):     # of the norm alone: the others are certain
+        with sp.collect_inputs(mixed, of("0", "2", "3", "5"), sp.moments, layout=layout) as layers:
+            mixed(torch.randn(6, 3, 6, 6))
+        assert [len(layer.mean) for layer in layers.values()] == [3, width, 25, 20]
 
 
 def test_each_pass_fills_anew_and_contexts_nest_and_keep_to_their_thread():
