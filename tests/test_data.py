@@ -296,7 +296,7 @@ def test_ways_to_store_fewer_labels(here, monkeypatch):
     monkeypatch.setattr(relabel, "draw_views", lambda seed, epoch, *rest: seen.append(epoch) or draw(seed, epoch, *rest))
     evaluation.main([str(run), "--seeds", "1"])
     assert seen == [0, 1, 0, 1]                            # students cycle through what is stored
-    assert json.loads((run / "result.json").read_text())["convnet-epochs4"]["label_bytes"] == 2 * 2 * 8 * 4
+    assert json.loads((run / "result.json").read_text())["convnet-epochs4-keep-epochs2"]["label_bytes"] == 2 * 2 * 8 * 4
     whole = relabel.expand(torch.from_numpy(np.load(run / "labels" / "soft_labels.npy")[1]).float(), 4)
     shutil.rmtree(run / "labels"), (run / "result.json").unlink()
     one_line(relabel.main, [run, "--top-k", "2"], "--top-k 2 of 4 classes")
@@ -308,7 +308,7 @@ def test_ways_to_store_fewer_labels(here, monkeypatch):
     assert torch.allclose(*((v / 20).logsumexp(1) for v in (found, whole)), atol=1e-3)     # float16
     monkeypatch.setattr(relabel, "draw_views", draw)
     evaluation.main([str(run), "--seeds", "1", "--epochs", "2"])
-    row = json.loads((run / "result.json").read_text())["convnet-epochs2"]
+    row = json.loads((run / "result.json").read_text())["convnet-epochs2-keep-epochs2-top-k1"]
     assert row["label_bytes"] == 2 * 2 * 8 * 3 and row["views"]["top_k"] == 1
     one_line(evaluation.main, [run, "--resume", "--temperature", "4"], "--temperature 4.0", "--top-k")
 

@@ -501,8 +501,8 @@ def test_out_of_memory_is_one_line_on_a_cpu_too(monkeypatch):
 
 def test_a_setting_of_an_older_version_is_not_overlooked(tmp_path):
     squeeze.open_run(tmp_path, "relabel", {"epochs": 3, "top_k": 2}, {}, True)
-    one_line(lambda flags: squeeze.open_run(tmp_path, "relabel", {"epochs": 3}, {}, True), [], "relabel.py --resume",
-             "top_k is None now and was 2")
+    one_line(lambda flags: squeeze.open_run(tmp_path, "relabel", {"epochs": 3}, {}, True), [], str(tmp_path),
+             "top_k is None now and was 2", "remove the folder")
 
 
 def test_a_class_name_leads_nowhere_on_the_way_in(here):
