@@ -199,7 +199,7 @@ def distil(job, args):
     loss, job.total, job.began = objective(job, args), args.ipc * len(chunks), time.time() - done["seconds"]
     for b in range(done["b"], job.total):
         k, classes = b // len(chunks), chunks[b % len(chunks)]
-        job.step = b + 1 if args.emu == "paper" and args.centred else None     # Eq. 17; of X^T X / n the pool is it
+        job.step = b + 1 if args.emu == "paper" and args.centred else None     # Eq. 17; uncentred: the pool
         job.loss, job.report = partial(loss, k), partial(progress, job, args, b)
         for job.every in (100, 1):                         # what is not finite is made once more, step by step
             rng = np.random.default_rng([args.seed, b])    # depends on nothing before this batch
@@ -265,7 +265,7 @@ def parse(argv):
 def preset_of(args):
     """What flags left out take: our settings or the paper's (the paper's, too, with --iterations 0)."""
     preset = squeeze.PRESETS[args.dataset]
-    ours = preset.get("ours", {}) if args.preset == "ours" and args.iterations != 0 else {}
+    ours = preset["ours"] if args.preset == "ours" and args.iterations != 0 else {}
     return {**preset["recover"], **ours, "network": preset["network"]}
 
 def run_name(method, args, defaults):

@@ -309,7 +309,7 @@ def build_network(name, classes, size, precision="float32"):
         modules = list(network.named_modules())
         stem, conv = next(pair for pair in modules if isinstance(pair[1], nn.Conv2d))
         network.set_submodule(stem, nn.Conv2d(3, conv.out_channels, 3, padding=1, bias=conv.bias is not None))
-        for pool in [path for path, module in modules if isinstance(module, nn.MaxPool2d)][:1]:    # one or none
+        for pool in [path for path, module in modules if isinstance(module, nn.MaxPool2d)][:1]:    # the stem's
             network.set_submodule(pool, nn.Identity())
     network.precision = precision
     return network.to(memory_format=torch.channels_last)
