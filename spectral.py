@@ -366,7 +366,7 @@ def matching(real: dict, pairs: list | Callable, signal: str = "mean", centred: 
             with full_precision(wanted[0]):
                 found = filtered([joined[name] for name in names], chosen, signal, centred, -1)[1]
                 for (g, *_), a, b in zip(chosen, wanted, found):
-                    gap = a.to(b.dtype) - b
+                    gap = b - a.to(b.dtype)        # in this order autograd need not negate its gradient
                     if g == "x" and signal == "class":
                         gap = gap * (torch.stack([layers[name].share for name in names]).unsqueeze(-2) > 0)
                     total = total + torch.linalg.vector_norm(gap, dim=(-2, -1)).sum()
