@@ -70,13 +70,13 @@ def realistic_crops(job, args, c, candidates=300, crops=5):
     the best of those (least cross-entropy, border filled); beyond 64 px four make an image: uint8 [ipc, 3, S, S]."""
     S, rng, teacher = job.data.size, np.random.default_rng([args.seed, c]), job.teacher
     grid, device = 2 if S > 64 else 1, next(job.network.parameters()).device
-    d, wanted, upright = -(-S // grid), args.ipc * grid**2, torch.tensor(False, device=device)
+    d, wanted = -(-S // grid), args.ipc * grid**2
     own = rng.permutation((job.data.train.labels == c).nonzero()[:, 0].numpy())[:max(candidates, wanted)]
     if len(own) < wanted:
         raise BadInput(f"--ipc {args.ipc}: class {c} has {len(own)} images, {wanted} crops are needed: lower it")
     images = recover.take(job.data, job.data.train, torch.from_numpy(own)).to(device).repeat(crops, 1, 1, 1)
     boxes = recover.crop_boxes(rng.random((len(images), 4)), (0.08, 1), (1, 1)).to(device)
-    views = recover.resample(images.float(), recover.crop_grid(boxes, upright, d)).round()
+    views = recover.resample(images.float(), recover.crop_grid(boxes, d)).round()
     seen = F.pad(squeeze.normalise(views, teacher["mean"], teacher["std"]), 2 * ((S - d) // 2, (S - d + 1) // 2))
     loss = torch.cat([-squeeze.forward(job.network, part).log_softmax(1)[:, c] for part in seen.split(500)])
     best, which = loss.view(crops, -1).min(0)

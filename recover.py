@@ -61,20 +61,21 @@ def take(data, split, index):
     """Images of a split by position, under the evaluation transform: uint8 [len(index), 3, S, S]."""
     return torch.cat([images for images, _ in squeeze.batches(data, squeeze.select(split, index), 500)])
 
-def crop_boxes(uniform, scale, ratio=(3 / 4, 4 / 3)):
-    """Random resized crops from uniform numbers [n, 4]: centre x and y, width, height [n, 4], in fractions of a side.
+def crop_boxes(uniform, scale, ratio=(3 / 4, 4 / 3), flip=1.0):
+    """Random resized crops from uniform numbers [n, 4]: centre x, y, half width and height [n, 4], of an image from -1
+    to 1, as grid_sample has it; the width is negative and the crop mirrored where flip [n], uniform too, is below 0.5.
     Area uniform in `scale`, log aspect ratio in log `ratio`, as torchvision; but a side that does not fit is cut."""
     area, shape, x, y = uniform.astype(np.float64).T
     area, shape = scale[0] + (scale[1] - scale[0]) * area, ratio[0] * (ratio[1] / ratio[0]) ** shape
     w, h = np.minimum(np.sqrt(area * shape), 1), np.minimum(np.sqrt(area / shape), 1)
-    return torch.from_numpy(np.stack([w / 2 + x * (1 - w), h / 2 + y * (1 - h), w, h], 1).astype(np.float32))
+    x, y = (2 * x - 1) * (1 - w), (2 * y - 1) * (1 - h)
+    return torch.from_numpy(np.stack([x, y, np.where(flip < 0.5, -w, w), h], 1).astype(np.float32))
 
-def crop_grid(boxes, flips, size, roll=(0, 0)):
-    """The sampling grid [B, S, S, 2] of crops `boxes` [B, 4] resized to S pixels, mirrored where `flips` [B] says, then
-    rolled by (rows, columns): F.affine_grid's values without its product, since x is a column's and y a row's."""
+def crop_grid(boxes, size, roll=(0, 0)):
+    """The sampling grid [B, S, S, 2] of crops `boxes` [B, 4] resized to S pixels, then rolled by (rows, columns):
+    F.affine_grid's values without its product, since x is a column's and y a row's."""
     line, (x, y, w, h) = torch.arange(1 - size, size, 2, device=boxes.device) / size, boxes.T.unsqueeze(-1)
-    x = 2 * x - 1 + torch.where(flips.unsqueeze(-1), -w, w) * line.roll(roll[1])
-    y = 2 * y - 1 + h * line.roll(roll[0])
+    x, y = x + w * line.roll(roll[1]), y + h * line.roll(roll[0])
     return torch.stack(torch.broadcast_tensors(x[:, None], y[..., None]), -1)
 
 def resample(images, grid):
@@ -104,10 +105,9 @@ def random_views(rng, T, images, smallest):
     and flip are an image's, a roll by 0-4 pixels the batch's. smallest(t / T): the least share of area in a crop."""
     B, S, device = len(images), images.shape[-1], images.device
     least = np.repeat([smallest(t / T) for t in range(T)], B)
-    boxes = crop_boxes(rng.random((T * B, 4)), (least, 1)).view(T, B, 4).to(device)
-    flips = torch.from_numpy(rng.random((T, B)) < 0.5).to(device)
+    boxes = crop_boxes(rng.random((T * B, 4)), (least, 1), flip=rng.random(T * B)).view(T, B, 4).to(device)
     rolls = rng.integers(0, 5, (T, 2)).tolist()            # of the grid, which rolls the view
-    return lambda images, t: resample(images, crop_grid(boxes[t], flips[t], S, rolls[t]))
+    return lambda images, t: resample(images, crop_grid(boxes[t], S, rolls[t]))
 
 @torch.no_grad()
 def view_statistics(images, network, layers, rng, job, args):

@@ -27,8 +27,7 @@ from squeeze import BadInput, number
 
 class Views(NamedTuple):
     """One random view of each of N images. Of E epochs E N views, an epoch after the other (N below: E N)."""
-    boxes: torch.Tensor         # [N, 4] crop: centre x, centre y, width, height, as fractions of the image
-    flips: torch.Tensor         # [N] bool
+    boxes: torch.Tensor         # [N, 4] crop, mirrored or not (recover.crop_boxes)
     partner: torch.Tensor       # [N] int64: whose view is pasted
     patch: torch.Tensor         # [N, 4] int64 pixels: left, top, right, bottom of what is pasted (CutMix)
 
@@ -38,8 +37,9 @@ def draw_views(seed, epoch, N, size, scale, device="cpu", together=1):
     u = np.concatenate([np.random.default_rng([seed, e]).random((N, 9)) for e in range(epoch, epoch + together)])
     centre, half = u[:, 6:8] * size, np.sqrt(u[:, 5:6]) * size / 2
     patch = np.concatenate([centre - half, centre + half], 1).round().clip(0, size).astype(np.int64)
-    others = u[:, 4] < 0.5, (u[:, 8] * N).astype(np.int64) + np.arange(len(u)) // N * N, patch
-    return Views(recover.crop_boxes(u[:, :4], (scale, 1)).to(device), *(torch.from_numpy(v).to(device) for v in others))
+    boxes = recover.crop_boxes(u[:, :4], (scale, 1), flip=u[:, 4])
+    partner = (u[:, 8] * N).astype(np.int64) + np.arange(len(u)) // N * N
+    return Views(*(part.to(device) for part in (boxes, torch.from_numpy(partner), torch.from_numpy(patch))))
 
 def patch_mask(patch, size):
     """bool [B, 1, S, S]: true where the partner's view is pasted."""
@@ -50,14 +50,14 @@ def patch_mask(patch, size):
 def render(images, views, index):
     """The views at index [B], of images[index % N]: float [B, 3, S, S] in levels 0..255. images: uint8 [N, 3, S, S]."""
     size, both = images.shape[-1], torch.cat([index, views.partner[index]])
-    grid = recover.crop_grid(views.boxes[both], views.flips[both], size)
+    grid = recover.crop_grid(views.boxes[both], size)
     own, pasted = recover.resample(images[both % len(images)].float(), grid).chunk(2)
     return torch.where(patch_mask(views.patch[index], size), pasted, own)
 
 @torch.no_grad()
 def soft_labels(network, teacher, images, views, batch):
     """The teacher's logits for views of all images, in order: float32 [N, K] (or of several epochs) on the device."""
-    parts = (render(images, views, i) for i in torch.arange(len(views.flips), device=images.device).split(batch))
+    parts = (render(images, views, i) for i in torch.arange(len(views.boxes), device=images.device).split(batch))
     return torch.cat([squeeze.forward(network, squeeze.normalise(x, teacher["mean"], teacher["std"])) for x in parts])
 
 # ---- Labels on disk, few epochs at a time, so that memory does not grow with the epochs ------------------------------

@@ -357,7 +357,7 @@ def matching(real: dict, pairs: list | Callable, signal: str = "mean", centred: 
     def loss(layers, memory=None, step=None):
         if layers.keys() != real.keys():
             raise ValueError(f"layers: {sorted(layers)} found, the real side has {sorted(real)}")
-        joined, total, dtype = merge(memory, layers, step), 0, next(iter(layers.values())).mean.dtype
+        joined, norms, dtype = merge(memory, layers, step), [], next(iter(layers.values())).mean.dtype
         if ratio < torch.finfo(dtype).eps * (8 if any(s.count <= len(s.mean) for s in joined.values()) else 1):
             raise ValueError(f"alpha: {ratio:.1e} of ||Psi|| is below what {dtype} resolves: raise alpha")
         if signal == "class" and any(layer.share is None for layer in joined.values()):
@@ -369,6 +369,6 @@ def matching(real: dict, pairs: list | Callable, signal: str = "mean", centred: 
                     gap = b - a.to(b.dtype)        # in this order autograd need not negate its gradient
                     if g == "x" and signal == "class":
                         gap = gap * (torch.stack([layers[name].share for name in names]).unsqueeze(-2) > 0)
-                    total = total + torch.linalg.vector_norm(gap, dim=(-2, -1)).sum()
-        return total
+                    norms.append(torch.linalg.vector_norm(gap, dim=(-2, -1)))
+        return torch.cat(norms).sum()
     return loss

@@ -128,8 +128,8 @@ def test_cda_goes_from_whole_images_to_the_usual_crops(here, monkeypatch):
     """The published schedule, min = 0.08 + 0.92 (1 + cos(pi t / T)) / 2, reaches the crops of iteration t."""
     seen = []
     crop_boxes = recover.crop_boxes
-    monkeypatch.setattr(recover, "crop_boxes", lambda uniform, scale, *ratio: seen.append(scale[0]) or crop_boxes(
-        uniform, scale, *ratio))
+    monkeypatch.setattr(recover, "crop_boxes", lambda uniform, scale, **flip: seen.append(scale[0]) or crop_boxes(
+        uniform, scale, **flip))
     baselines.main(["--method", "cda", "--ipc", "1", "--iterations", "6"])
     wanted = [0.08 + 0.92 * (1 + np.cos(np.pi * t / 6)) / 2 for t in range(6)]
     assert np.allclose(seen[0], np.repeat(wanted, 4)) and np.allclose(seen[1], seen[0])       # EMU's are such views
@@ -176,7 +176,7 @@ def test_rded_takes_the_crops_the_teacher_is_surest_of(S):
             for r in range(3):
                 box = recover.crop_boxes(uniform[None, 5 * r + i], (0.08, 1), (1, 1))
                 assert abs(box[0, 2] - box[0, 3]) < 1e-6                           # square
-                crop = recover.resample(images[image, None].float(), recover.crop_grid(box, torch.tensor([False]), d)).round()
+                crop = recover.resample(images[image, None].float(), recover.crop_grid(box, d)).round()
                 around = torch.zeros(1, 3, S, S)
                 around[..., (S - d) // 2:(S - d) // 2 + d, (S - d) // 2:(S - d) // 2 + d] = (crop / 255 - 0.5) / 0.25
                 options.append((F.cross_entropy(network(around), torch.tensor([c])).item(), crop[0]))

@@ -163,8 +163,7 @@ def test_views_are_bitwise_the_same_whatever_the_batch():
 
 def test_a_view_is_crop_flip_and_patch():
     images = squeeze.toy(2, 2, 0)[0]
-    whole = relabel.Views(torch.tensor([[0.5, 0.5, 1, 1]]).expand(4, 4), torch.tensor([False, True, False, False]),
-                          torch.tensor([0, 1, 0, 1]),
+    whole = relabel.Views(torch.tensor([[0, 0, 1.0, 1], [0, 0, -1, 1], [0, 0, 1, 1], [0, 0, 1, 1]]), torch.tensor([0, 1, 0, 1]),
                           torch.tensor([[0, 0, 0, 0], [0, 0, 0, 0], [4, 8, 12, 32], [0, 0, 32, 32]]))
     out = relabel.render(images, whole, torch.arange(4))
     wanted = images.float().clone()
@@ -172,8 +171,7 @@ def test_a_view_is_crop_flip_and_patch():
     wanted[2, :, 8:32, 4:12] = images[0, :, 8:32, 4:12].float()
     wanted[3] = images[1].float().flip(-1)
     assert torch.allclose(out, wanted, atol=1e-3)
-    half = relabel.Views(torch.tensor([[0.25, 0.5, 0.5, 1.0]]), torch.tensor([False]), torch.tensor([0]),
-                         torch.zeros(1, 4).long())
+    half = relabel.Views(torch.tensor([[-0.5, 0, 0.5, 1]]), torch.tensor([0]), torch.zeros(1, 4).long())
     crop = F.interpolate(images[:1, :, :, :16].float(), (32, 32), mode="bilinear")
     assert torch.allclose(relabel.render(images[:1], half, torch.tensor([0]))[..., :31], crop[..., :31], atol=1e-3)
 
@@ -332,14 +330,17 @@ def test_uncentred_moments_are_h_transposed_h():
 
 
 def test_crops_are_those_of_an_affine_grid():
-    """crop_grid against torch's affine_grid, mirrored and rolled, boxes as they are drawn."""
-    boxes = recover.crop_boxes(np.random.default_rng(0).random((6, 4)), (0.08, 1))
-    x, y, w, h = boxes.double().unbind(1)
-    flips = torch.arange(6) % 2 == 0
+    """crop_boxes and crop_grid against the crop's own definition by torch's affine_grid, mirrored and rolled."""
+    uniform, flips = np.random.default_rng(0).random((6, 4)), torch.arange(6) % 2 == 0
+    area, shape, x, y = torch.from_numpy(uniform).T
+    area, shape = 0.08 + 0.92 * area, (3 / 4) * (16 / 9) ** shape
+    w, h = (area * shape).sqrt().clamp(max=1), (area / shape).sqrt().clamp(max=1)
+    x, y = w / 2 + x * (1 - w), h / 2 + y * (1 - h)                            # the centre, in fractions of a side
     theta = torch.stack([torch.where(flips, -w, w), 0 * x, 2 * x - 1, 0 * x, h, 2 * y - 1], 1).view(-1, 2, 3)
+    boxes = recover.crop_boxes(uniform, (0.08, 1), flip=1 - flips.double().numpy())
     for size, roll in ((7, (0, 0)), (32, (3, 0)), (32, (1, 4))):
         wanted = F.affine_grid(theta, (6, 3, size, size), align_corners=False).roll(roll, (1, 2))
-        assert (recover.crop_grid(boxes, flips, size, roll) - wanted).abs().max() < 1e-6
+        assert (recover.crop_grid(boxes, size, roll) - wanted).abs().max() < 1e-6
 
 
 def test_view_statistics_are_those_of_the_views(here):
@@ -348,12 +349,12 @@ def test_view_statistics_are_those_of_the_views(here):
     network, teacher, _ = recover.load_teacher("runs/toy-convnet", torch.device("cpu"))
     images = squeeze.toy(1, 4, 0)[0]
     rng = np.random.default_rng(5)
-    boxes = recover.crop_boxes(rng.random((12, 4)), (0.08, 1)).view(3, 4, 4)
-    flips, rolls = torch.from_numpy(rng.random((3, 4)) < 0.5), rng.integers(0, 5, (3, 2)).tolist()
+    boxes = recover.crop_boxes(rng.random((12, 4)), (0.08, 1), flip=rng.random(12)).view(3, 4, 4)
+    rolls = rng.integers(0, 5, (3, 2)).tolist()
     x, seen = squeeze.normalise(images, teacher["mean"], teacher["std"]), []
     for t in range(3):
         with spectral.collect_inputs(network) as features, torch.no_grad():
-            network(torch.roll(recover.resample(x, recover.crop_grid(boxes[t], flips[t], 32)), rolls[t], (2, 3)))
+            network(torch.roll(recover.resample(x, recover.crop_grid(boxes[t], 32)), rolls[t], (2, 3)))
         seen.append({name: value.clone() for name, value in features.items()})
     for emu in ("pool", "paper"):
         job = Namespace(teacher=teacher, smallest=recover.CFM["smallest"], step=1 if emu == "paper" else None)
