@@ -37,9 +37,8 @@ def draw_views(seed, epoch, N, size, scale, device="cpu", together=1):
     u = np.concatenate([np.random.default_rng([seed, e]).random((N, 9)) for e in range(epoch, epoch + together)])
     centre, half = u[:, 6:8] * size, np.sqrt(u[:, 5:6]) * size / 2
     patch = np.concatenate([centre - half, centre + half], 1).round().clip(0, size).astype(np.int64)
-    boxes = recover.crop_boxes(u[:, :4], (scale, 1), flip=u[:, 4])
-    partner = (u[:, 8] * N).astype(np.int64) + np.arange(len(u)) // N * N
-    return Views(*(part.to(device) for part in (boxes, torch.from_numpy(partner), torch.from_numpy(patch))))
+    others = (torch.from_numpy(v) for v in ((u[:, 8] * N).astype(np.int64) + np.arange(len(u)) // N * N, patch))
+    return Views(*(v.to(device) for v in (recover.crop_boxes(u[:, :4], (scale, 1), flip=u[:, 4]), *others)))
 
 def patch_mask(patch, size):
     """bool [B, 1, S, S]: true where the partner's view is pasted."""

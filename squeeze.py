@@ -472,7 +472,7 @@ def train(network, data, teacher, args, folder):
         for step, (images, labels) in enumerate(training_batches(data, args.batch, args.augment, rng), epoch * steps):
             optimizer.param_groups[0]["lr"] = args.lr * decay(step)
             logits = forward(network, normalise(images.to(device), teacher["mean"], teacher["std"]))
-            loss = F.cross_entropy(logits, labels.to(device))
+            loss = F.cross_entropy(logits, labels.to(device), label_smoothing=args.smoothing)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -544,6 +544,7 @@ def parse(argv):
     add("--epochs", type=number(int, 1), help="toy 4, CIFAR-10 200, CIFAR-100 100, tiny 50, else 90")
     add("--lr", type=number(float, 0, strict=True), help="rate of SGD with momentum 0.9 (toy 0.05, tiny 0.2, else 0.1)")
     add("--wd", type=number(float, 0), help="weight decay (toy, CIFAR 5e-4, else 1e-4)")
+    add("--smoothing", type=number(float, 0, 1), default=0.0, help="share of a label for all classes alike (default 0)")
     add("--batch", type=number(int, 2), help="images a step (toy 50, CIFAR 128, else 256)")
     add("--precision", choices=["float32", "bfloat16"], help="default: bfloat16 where the device multiplies in it")
     add("--keep", type=number(int, 1), nargs="+", metavar="E", help="keep the weights of these epochs, for --teacher")
@@ -556,7 +557,7 @@ def parse(argv):
     for flag, only in (("size", "folder"), ("pretrained", "imagenet"), ("classes", "toy")):
         if getattr(args, flag) and args.dataset != only:
             raise BadInput(f"--{flag} is for --dataset {only}, found {args.dataset}: leave it out")
-    for flag in ("epochs", "lr", "wd", "keep", "seed"):
+    for flag in ("epochs", "lr", "wd", "smoothing", "keep", "seed"):
         if (args.teacher or args.pretrained) and getattr(args, flag) != parser.get_default(flag):
             raise BadInput(f"--{flag} has no effect with --teacher or --pretrained: leave one out")
     if args.pretrained and args.network == "convnet":

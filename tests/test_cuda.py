@@ -90,7 +90,7 @@ def test_the_harness_sees_a_mix_of_devices(cuda):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_training(cuda):
-    args = Namespace(batch=4, lr=0.1, wd=0.1, epochs=1, schedule="cosine", seed=0, augment="crop", keep=None)
+    args = Namespace(batch=4, lr=0.1, wd=0.1, smoothing=0.1, epochs=1, schedule="cosine", seed=0, augment="crop", keep=None)
     squeeze.train(squeeze.build_network("convnet", 4, 32), data_on(cuda), TEACHER, args, Path("none"))
 
 

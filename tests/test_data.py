@@ -214,8 +214,8 @@ def test_teacher_file(here):
     one_line(squeeze.main, ["--classes", "4", "--teacher", "bytes.pth"], "mean must be three numbers of [0, 1]")
     torch.save({**mine, "std": [0.2, 0.0, 0.2]}, "flat.pth")
     one_line(squeeze.main, ["--classes", "4", "--teacher", "flat.pth"], "std of (0, 1]")
-    for flag in ("--seed", "--wd"):
-        one_line(squeeze.main, ["--classes", "4", "--teacher", "mine.pth", flag, "0" if flag == "--wd" else "7"], f"{flag} has no effect")
+    for flag, value in (("--seed", "7"), ("--wd", "0"), ("--smoothing", "0.1")):
+        one_line(squeeze.main, ["--classes", "4", "--teacher", "mine.pth", flag, value], f"{flag} has no effect")
     assert not Path("runs").exists()
 
 

@@ -1,6 +1,7 @@
 """What a careless edit could change without a sound. Each test here fails under edits that the rest of the suite let
 through: a loss, a rate, a seed, a view, a hash, a label that is another one than the documents say."""
 import copy
+import json
 import math
 import shutil
 from pathlib import Path
@@ -163,7 +164,7 @@ def test_a_teachers_rate_decay_and_order(tmp_path, monkeypatch):
         *(values.split(batch) for values in data.train)))
     split = squeeze.Split(*squeeze.toy(2, 4, 0))
     for schedule, seed, wanted in (("cosine", 3, lambda t: (1 + math.cos(math.pi * t / 93)) / 2), ("step", 4, lambda t: 0.1 ** (t // 90))):
-        args = Namespace(batch=3, lr=0.01, wd=0.2, epochs=31, schedule=schedule, seed=seed, augment="crop", keep=[2])
+        args = Namespace(batch=3, lr=0.01, wd=0.2, smoothing=0.0, epochs=31, schedule=schedule, seed=seed, augment="crop", keep=[2])
         (tmp_path / schedule).mkdir()
         network, data = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 4)), squeeze.Data(list("abcd"), 32, split, split, "")
         network.precision = "float32"
@@ -172,6 +173,20 @@ def test_a_teachers_rate_decay_and_order(tmp_path, monkeypatch):
         assert drawn == [np.random.default_rng([seed, e]).random() for e in range(31)]
         assert [path.name for path in (tmp_path / schedule).glob("epoch*")] == ["epoch2of31.pt"]       # of keep
         seen.clear(), drawn.clear()
+
+
+def test_smoothed_labels_are_shared_by_all_classes(tmp_path, monkeypatch):
+    """The loss of --smoothing s is that of the targets (1 - s) Y + s / K."""
+    split = squeeze.Split(torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8) % 4)
+    monkeypatch.setattr(squeeze, "training_batches", lambda data, *rest: [data.train])
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 4))
+    network.precision = "float32"
+    logits = network(squeeze.normalise(split.images, [0.5] * 3, [0.25] * 3)).detach()
+    squeeze.train(network, squeeze.Data(list("abcd"), 32, split, split, ""), dict(mean=[0.5] * 3, std=[0.25] * 3),
+                  squeeze.parse(["--smoothing", "0.3", "--epochs", "1", "--batch", "8"]), tmp_path)
+    target = 0.7 * torch.eye(4)[split.labels] + 0.3 / 4
+    wanted = -(target * logits.log_softmax(1)).sum(1).mean().item()
+    assert abs(json.loads((tmp_path / "log.jsonl").read_text())["loss"] - wanted) < 1e-4 * wanted
 
 
 def test_the_seed_is_where_a_teacher_starts(tmp_path, monkeypatch):
