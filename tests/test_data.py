@@ -181,7 +181,12 @@ def test_test_images_are_tested_in_batches_that_fit(monkeypatch):
 
 # ---- teachers and students
 
-def test_teacher_file(here):
+def test_teacher_file(tmp_path, monkeypatch):
+    few = lambda root, classes: (*(squeeze.Split(*squeeze.toy(100, classes, seed)) for seed in (0, 1)), [*"abcdef"[:classes]])
+    monkeypatch.setitem(squeeze.LOADERS, "toy", few)
+    monkeypatch.chdir(tmp_path)
+    squeeze.main(["--classes", "4", "--epochs", "1", "--precision", "float32"])
+    Path("runs/toy-convnet-classes4-epochs1").rename("runs/toy-convnet")
     state = torch.load("runs/toy-convnet/teacher.pt", weights_only=True)
     torch.save(state["state_dict"], "mine.pth")
     score = json.loads(Path("runs/toy-convnet/config.json").read_text())["results"]["test"]

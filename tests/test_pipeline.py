@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import runpy
 import shutil
 import signal
 import subprocess
@@ -394,7 +395,7 @@ def test_a_batch_is_plain_adam_on_equation_20(here):
     assert (made - images.float()).abs().mean() > 5 and (made - wanted).abs().max() <= 1
 
 
-def test_same_seed_same_bytes_and_a_killed_run_resumes_to_them(here, on_cpu):
+def test_same_seed_same_bytes_and_a_killed_run_resumes_to_them(here, on_cpu, capsys):
     flags = ["--ipc", "6", "--iterations", "12"]
     run = here / "runs/toy-convnet/cfm-ipc6-iterations12"
     kept = []
@@ -410,10 +411,9 @@ def test_same_seed_same_bytes_and_a_killed_run_resumes_to_them(here, on_cpu):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (run / "images.pt").exists() and torch.load(run / "memory.pt", weights_only=True)["b"] < 6
-    refused = script("recover", *flags)
-    assert refused.returncode == 1 and "in use: add --resume" in refused.stderr
-    resumed = script("recover", *flags, "--resume")
-    assert resumed.returncode == 0 and "resuming after batch" in resumed.stdout
+    one_line(recover.main, flags, "in use: add --resume")
+    recover.main([*flags, "--resume"])
+    assert "resuming after batch" in capsys.readouterr().out
     assert (run / "images.pt").read_bytes() == kept[0]
 
 
@@ -518,14 +518,15 @@ def test_bad_flags_of_recover(here, flags, words):
     one_line(recover.main, flags, *words)
 
 
-def test_bad_input_reaches_the_user_as_one_line_and_exit_code_1(here):
-    cases = (("recover", ["--ipc", "0"], "--ipc"), ("eval", ["nowhere"], "nowhere"), ("squeeze", [], "in use"),
-             ("relabel", ["runs/toy-convnet"], "a run of squeeze.py"), ("baselines", [], "--method"))
-    started = [subprocess.Popen([sys.executable, ROOT / f"{name}.py", *flags], stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True) for name, flags, _ in cases]      # side by side
-    for process, (name, _, word) in zip(started, cases):
-        error = process.communicate()[1]
-        assert process.returncode == 1 and word in error and error.count("\n") == 1, (name, error)
+def test_bad_input_reaches_the_user_as_one_line_and_exit_code_1(here, monkeypatch):
+    for name, flags, word in (("eval", ["nowhere"], "nowhere"), ("squeeze", [], "in use"), ("baselines", [], "--method"),
+                              ("relabel", ["runs/toy-convnet"], "a run of squeeze.py")):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags])
+        with pytest.raises(SystemExit) as stop:            # with a text: Python prints it and ends with code 1
+            runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
+        assert word in stop.value.code and "\n" not in stop.value.code and stop.value.code.startswith(f"{name}.py: ")
+    refused = script("recover", "--ipc", "0")              # as it does here, in a process of its own
+    assert refused.returncode == 1 and "--ipc" in refused.stderr and refused.stderr.count("\n") == 1
 
 
 def test_a_teacher_that_diverges_is_refused(tmp_path, monkeypatch):
