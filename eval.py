@@ -219,7 +219,7 @@ def svg(path, curves, title, x_label, y_label, dashed=()):
                 f'<text x="484" y="{56 + 18 * i}" fill="{colour}">{html.escape(label)}</text>']
         if len(spots) <= 10:                               # few points: what was measured, and what lies between
             out += ['<circle cx="%s" cy="%s" r="4" fill="%s"/>' % (*spot.split(","), colour) for spot in spots]
-    path.write_text("\n".join(out) + "\n</svg>\n")
+    path.write_text("\n".join(out) + "\n</svg>\n", "utf8")
 
 def responses(name, args, layer):
     """{label: (lambda, f)} of the filters of a recover or baselines run over the real spectrum of a layer."""
@@ -268,8 +268,7 @@ def parse(argv):
     parser = squeeze.Parser(__doc__)
     add = parser.add_argument_group("what").add_argument
     add("runs", nargs="+", metavar="RUN", help="folders made by recover.py, baselines.py or relabel.py --images")
-    add("--network", nargs="+", choices=squeeze.STUDENTS, metavar="NET",
-        help="students (default: the teacher's network):\n" + " ".join(squeeze.STUDENTS))
+    add("--network", nargs="+", choices=squeeze.STUDENTS, metavar="NET", help=f"the teacher's, or {squeeze.STUDENTS}")
     add("--teacher", metavar="DIR", help="whose labels students learn (default: the one whose spectra were matched)")
     add("--validate", action="store_true", help="test on images held out by squeeze.py --validate, to choose settings")
     add("--report", action="store_true", help="only compare the RUNs' images: spectra, similarity, pictures")

@@ -29,15 +29,14 @@ from squeeze import BadInput, Namespace, number
 def load_teacher(folder, device):
     """A finished squeeze run: (folded network, teacher.pt's dict, config)."""
     config = squeeze.read_config(folder, "squeeze")
-    teacher = squeeze.load_state(squeeze.checked(folder, "teacher.pt", config))
+    about = squeeze.load_state(squeeze.checked(folder, "teacher.pt", config))
     try:
-        about = teacher["network"], len(teacher["classes"]), teacher["size"], teacher["precision"]
-        network = squeeze.build_network(*about)
-        network.load_state_dict(teacher["state_dict"])
-        squeeze.normalise(torch.zeros(1, 3, 1, 1), teacher["mean"], teacher["std"])    # raises where they are none
+        network = squeeze.build_network(about["network"], len(about["classes"]), about["size"], about["precision"])
+        network.load_state_dict(about["state_dict"])
+        squeeze.normalise(torch.zeros(1, 3, 1, 1), about["mean"], about["std"])    # raises where they are none
     except Exception as error:                             # a stranger's can hold anything
         raise BadInput(f"{folder}/teacher.pt: not as squeeze.py writes it today: squeeze again") from error
-    return squeeze.fold(network.to(device)), teacher, config
+    return squeeze.fold(network.to(device)), about, config
 
 def check_data(data, teacher, config):
     """The data set must be the one the teacher was trained on, class by class and image by image."""
@@ -319,7 +318,7 @@ def run(args, method, defaults, prepare=lambda job, args: None):
     folder, args.precision = parent / run_name(method, args, defaults), teacher["precision"]
     job = Namespace(**CFM, folder=folder, data=data, network=network, teacher=teacher, index=index, select=select,
                     real=real)
-    prepare(job, args)                                     # refuses an unstable rate; the next line, a tiny alpha
+    prepare(job, args)                                     # refuses an unstable rate; the next line, most tiny alphas
     if args.iterations:
         objective(job, args)(args.ipc - 1, real)
     config = squeeze.open_run(folder, "recover", squeeze.settings(args, ("teacher",)),

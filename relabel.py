@@ -103,7 +103,7 @@ def write(path, shape, label, together):
             done += 1
         done -= done % together                            # a batch of other views has other last digits
         file.truncate(header + done * size)
-    start = printed = time.time()
+    start = printed = time.time() - 1e-3                   # Windows counts in steps of 15 ms
     for epoch in range(done, shape[0], together):
         end = min(epoch + together, shape[0])
         data = label(epoch, end - epoch).half().cpu().numpy().tobytes()

@@ -52,10 +52,10 @@ def is_main_convolution(name: str, module: nn.Module) -> bool:
 @contextmanager
 def collect_inputs(network: nn.Module, select: Callable = is_main_convolution, transform: Callable = lambda x: x,
                    labels: Tensor | None = None, layout: str | None = None, outputs: bool = False):
-    """Context: a dict {name: transform(input)} of the selected modules, filled anew by each call of network.
-    select(name, module) -> bool. A module's input is its first argument; outputs: what it returns instead (the first of
-    several). transform: of the features, or `moments`, given labels and layout (where layout_of is not sure). The
-    hooks see this thread's calls only. ValueError if nothing is selected, or what runs twice or takes no tensor.
+    """Context: a dict {name: transform(input)} of the selected modules, filled anew by each call of network in this
+    thread. select(name, module) -> bool. Input: a module's first argument; outputs: what it returns (the first).
+    transform: of the features (torch.clone keeps them from a later in-place module), or `moments`, given labels, layout
+    (where layout_of is not sure). ValueError if nothing is selected, or what runs twice or takes no tensor.
     >>> with collect_inputs(network := nn.Sequential(nn.Conv2d(3, 8, 3))) as features:
     ...     logits = network(torch.rand(2, 3, 9, 9))
     >>> features["0"].shape

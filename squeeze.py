@@ -92,7 +92,7 @@ def script(main):
     except (MemoryError, RuntimeError) as error:           # on a CPU torch raises a plain one
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
             raise
-        reason = "out of memory: lower --batch, then --resume"
+        reason = "out of memory: lower --batch (a run of its own, but of relabel.py)"
     except KeyboardInterrupt:
         reason = "interrupted; the same command with --resume goes on"
     sys.exit(f"{Path(sys.argv[0]).name}: {BadInput(reason)}")              # of one line, an OSError's too
@@ -261,7 +261,7 @@ def normalise(images, mean, std):
 @functools.lru_cache
 def constant(values, device):
     """A number a channel, [1, 3, 1, 1]; cached, since copying it to a GPU would wait for all work before it."""
-    return torch.tensor(values, device=device).view(1, 3, 1, 1)
+    return torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)
 
 def batches(data, split, batch):
     """Every image of a split once, in order, under the evaluation transform: yields uint8 [B, 3, S, S], int64 [B]."""
@@ -429,7 +429,7 @@ def open_run(folder, stage, settings, inputs, resume):
         raise BadInput(f"{folder}: in use: add --resume to continue what is there, or remove the folder")
     config = read_config(folder, stage, True)
     now, then = {**settings, **inputs}, {**config["settings"], **config["inputs"]}         # hashes stand for paths
-    for k in [key for key in {**then, **now} if now.get(key) != then.get(key)]:
+    for k in [key for key in {**then, **now} if (now.get(key) or None) != (then.get(key) or None)]:    # a new flag's 0
         raise BadInput(f"{folder}: {k} is {now.get(k)!r} now and was {then.get(k)!r}: use that, or remove the folder")
     return config
 
@@ -525,6 +525,9 @@ def given_weights(network, args, teacher):
         if (about["classes"] != teacher["classes"]
                 or not all(0 <= m <= 1 and 0 < s <= 1 for m, s in zip(about["mean"], about["std"]))):
             raise ValueError
+        remedy = "it has seen what --validate holds out: give one trained with --validate"
+        if args.validate and state.get("data", teacher["data"]) != teacher["data"]:
+            raise ValueError
         remedy = f"no {args.network} for this data set: another architecture, input size or class count"
         network.load_state_dict(state.get("state_dict", state))
     except Exception as error:                             # urllib's, a broken file's, or torch's long complaint
@@ -560,8 +563,8 @@ def parse(argv):
     for flag in ("epochs", "lr", "wd", "smoothing", "keep", "seed"):
         if (args.teacher or args.pretrained) and getattr(args, flag) != parser.get_default(flag):
             raise BadInput(f"--{flag} has no effect with --teacher or --pretrained: leave one out")
-    if args.pretrained and args.network == "convnet":
-        raise BadInput("--pretrained: torchvision has no weights for --network convnet: name a resnet")
+    if args.pretrained and (args.validate or args.network == "convnet"):
+        raise BadInput("--pretrained: torchvision's are of resnets that saw all images: leave out --validate, convnet")
     preset = PRESETS[args.dataset]
     if max(args.keep or [0]) > (args.epochs or preset["squeeze"]["epochs"]):
         raise BadInput(f"--keep {max(args.keep)} found, must be at most --epochs")
@@ -575,11 +578,10 @@ def teacher_folder(args):
     return Path("runs") / "-".join([args.dataset, *own, args.network, *extra])
 
 def main(argv):
-    args = parse(argv)
-    folder = teacher_folder(args)
+    folder = teacher_folder(args := parse(argv))
     show(args)
     data, device = load_data(args.dataset, args.data, args.size, args.classes, args.validate), pick_device()
-    teacher = dict(network=args.network, dataset=args.dataset, classes=data.classes, size=args.size,
+    teacher = dict(network=args.network, dataset=args.dataset, data=data.sha256, classes=data.classes, size=args.size,
                    mean=PRESETS[args.dataset]["mean"], std=PRESETS[args.dataset]["std"], precision=args.precision)
     torch.manual_seed(args.seed)
     network = build_network(args.network, len(data.classes), args.size, args.precision)

@@ -220,9 +220,28 @@ def test_teacher_file(tmp_path, monkeypatch):
     one_line(squeeze.main, ["--classes", "4", "--teacher", "bytes.pth"], "mean must be three numbers of [0, 1]")
     torch.save({**mine, "std": [0.2, 0.0, 0.2]}, "flat.pth")
     one_line(squeeze.main, ["--classes", "4", "--teacher", "flat.pth"], "std of (0, 1]")
+    torch.save({**mine, **{key: torch.tensor(mine[key], dtype=torch.float64) for key in ("mean", "std")}}, "double.pth")
+    squeeze.main(["--classes", "4", "--teacher", "double.pth", "--precision", "float32"])
+    shutil.rmtree("runs")
     for flag, value in (("--seed", "7"), ("--wd", "0"), ("--smoothing", "0.1")):
         one_line(squeeze.main, ["--classes", "4", "--teacher", "mine.pth", flag, value], f"{flag} has no effect")
     assert not Path("runs").exists()
+
+
+def test_a_teacher_for_held_out_images_has_not_seen_them(tmp_path, monkeypatch):
+    few = lambda root, classes: (*(squeeze.Split(*squeeze.toy(20, 2, seed)) for seed in (0, 1)), [*"ab"])
+    monkeypatch.setitem(squeeze.LOADERS, "toy", few)
+    monkeypatch.chdir(tmp_path)
+    small = ["--classes", "2", "--epochs", "2", "--batch", "20", "--keep", "1", "--precision", "float32"]
+    for flags, name in ((small, "all.pt"), ([*small, "--validate"], "part.pt")):
+        squeeze.main(flags)
+        next(Path("runs").glob("*/epoch1of2.pt")).rename(name)
+        shutil.rmtree("runs")
+    again = ["--classes", "2", "--validate", "--precision", "float32", "--teacher"]
+    one_line(squeeze.main, [*again, "all.pt"], "--teacher all.pt", "has seen what --validate holds out")
+    assert not Path("runs").exists()
+    squeeze.main([*again, "part.pt"])                      # whoever kept it has held the same images out
+    one_line(squeeze.main, ["--dataset", "imagenet", "--pretrained", "--validate"], "--pretrained", "leave out --validate")
 
 
 def test_pretrained_weights_that_cannot_be_fetched(folder, monkeypatch):

@@ -503,6 +503,9 @@ def test_a_setting_of_an_older_version_is_not_overlooked(tmp_path):
     squeeze.open_run(tmp_path, "relabel", {"epochs": 3, "top_k": 2}, {}, True)
     one_line(lambda flags: squeeze.open_run(tmp_path, "relabel", {"epochs": 3}, {}, True), [], str(tmp_path),
              "top_k is None now and was 2", "remove the folder")
+    new = {"epochs": 3, "top_k": 2, "smoothing": 0.0, "since": False}      # flags of a later one, at what was done before
+    assert squeeze.open_run(tmp_path, "relabel", new, {}, True)["settings"]["top_k"] == 2
+    one_line(lambda flags: squeeze.open_run(tmp_path, "relabel", {**new, "smoothing": 0.1}, {}, True), [], "smoothing is 0.1 now")
 
 
 def test_a_class_name_leads_nowhere_on_the_way_in(here):
