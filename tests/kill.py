@@ -60,7 +60,7 @@ def start(stage, threads, write=0):
         return child
     torch.set_num_threads(threads)
     die_at(write)
-    few = lambda root, classes: (*(squeeze.Split(*squeeze.toy(40, 4, seed)) for seed in (0, 1)), list("abcd"))
+    few = lambda root, classes: (*(squeeze.Split(*squeeze.toy(15, 4, seed)) for seed in (0, 1)), list("abcd"))
     squeeze.LOADERS["toy"] = few
     evaluation.time = SimpleNamespace(time=lambda: 1000 * time.time())     # a checkpoint of the student every epoch
     module, flags = STAGES[stage]
