@@ -15,7 +15,7 @@ import squeeze  # noqa: E402
 
 squeeze.keep_freed_memory()
 drawn = functools.lru_cache(lambda classes: squeeze.load_toy(None, classes))
-squeeze.LOADERS["toy"] = lambda root, classes: copy.deepcopy(drawn(classes))   # a second a stage, a hundred stages
+squeeze.LOADERS["toy"] = lambda root, classes: copy.deepcopy(drawn(classes))   # drawn in a second, asked for by every stage
 
 
 @pytest.fixture(scope="session")
