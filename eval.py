@@ -23,7 +23,7 @@ import recover
 import relabel
 import spectral
 import squeeze
-from squeeze import BadInput, Namespace, number
+from squeeze import STUDENTS, BadInput, Namespace, number
 
 def student_loss(logits, target, args):
     """KL(teacher || student) at temperature T, mean over the batch; --hard: cross-entropy to CutMix's mixed labels."""
@@ -268,7 +268,7 @@ def parse(argv):
     parser = squeeze.Parser(__doc__)
     add = parser.add_argument_group("what").add_argument
     add("runs", nargs="+", metavar="RUN", help="folders made by recover.py, baselines.py or relabel.py --images")
-    add("--network", nargs="+", choices=squeeze.STUDENTS, metavar="NET", help=f"the teacher's, or {squeeze.STUDENTS}")
+    add("--network", nargs="+", choices=STUDENTS, metavar="NET", help="the teacher's, or\n" + " ".join(STUDENTS))
     add("--teacher", metavar="DIR", help="whose labels students learn (default: the one whose spectra were matched)")
     add("--validate", action="store_true", help="test on images held out by squeeze.py --validate, to choose settings")
     add("--report", action="store_true", help="only compare the RUNs' images: spectra, similarity, pictures")
