@@ -2,8 +2,9 @@
 import doctest
 import math
 import shutil
-import threading
 import typing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -243,6 +244,8 @@ def test_filter_gradients_with_a_number_a_layer():
     eta = torch.tensor([[0.1], [0.2], [0.3]], **f64)
     for f in sp.gradient_descent(eta, 3):
         assert torch.autograd.gradcheck(lambda A: sp.spectral_filter(A, f), stack)
+    left, learnt = (sp.spectral_filter(stack, f) for f in sp.gradient_descent(eta, 1))     # one step: W - eta Psi W, eta Phi
+    assert torch.allclose(left, torch.eye(4, **f64) - eta[..., None] * stack) and torch.allclose(learnt, eta[..., None] * torch.eye(4, **f64))
 
 
 def test_a_failed_factorisation_shows():
@@ -321,6 +324,11 @@ def test_alpha_is_held_against_the_matrix_that_is_filtered():
     sp.matching(layers, sp.cfm_pairs(1e-3))(layers)
     with pytest.raises(ValueError, match="alpha: .* raise alpha"):
         sp.matching(layers, sp.cfm_pairs(1e-3), centred=False)(layers)
+    whole = {"fc": sp.moments(torch.randn(300, 8))}
+    loss = sp.matching(whole, sp.cfm_pairs(4 * torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(whole["fc"].ffc).item()))
+    for n, singular in ((7, True), (8, True), (9, False)):                 # of 8 vectors' covariance the rank is 7
+        with pytest.raises(ValueError, match="alpha: ") if singular else nullcontext():
+            loss({"fc": sp.moments(torch.randn(n, 8))})
 
 
 def test_ridge_becomes_a_scaled_identity_as_alpha_grows():
@@ -354,6 +362,8 @@ def test_merge_is_the_statistics_of_all_rows():
     Y = F.one_hot(torch.arange(14) % 3)
     found, wanted = sp.merge(sp.moments(a, Y[:5]), sp.moments(b, Y[5:])), sp.moments(torch.cat([a, b]), Y)
     assert found.count == 14 and all(torch.allclose(x, y) for x, y in zip(found[1:], wanted[1:]))
+    partly = sp.merge(sp.moments(a), sp.moments(b, Y[5:]))                 # one side without labels: nor has the whole
+    assert torch.equal(partly.ffc, found.ffc) and partly.flc is None and partly.share is None
     both = torch.cat([a, b])
     assert torch.allclose(found.uncentred, both.T @ both / 14)
     assert torch.autograd.gradcheck(lambda x: sp.merge(sp.moments(a), sp.moments(x))[1:3], b.requires_grad_())
@@ -527,6 +537,10 @@ def test_what_hooks_refuse():
     with sp.collect_inputs(blocks, of("0"), sp.moments, layout="tokens") as layers:
         blocks(torch.randn(2, 3, 4))
     assert layers["0"].mean.shape == (4,)
+    for outputs in (False, True):                          # two axes are certain in any module
+        with sp.collect_inputs(blocks, of("0"), sp.moments, outputs=outputs) as layers:
+            out = blocks(torch.randn(2, 4))
+        assert torch.equal(layers["0"].mean, out.mean(0))
     mixed = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(2), nn.LayerNorm(25), nn.Linear(25, 5), nn.Flatten(), nn.Linear(20, 2))
     for layout, width in (("tokens", 25), ("map", 4)):     # of the norm alone: the others are certain
         with sp.collect_inputs(mixed, of("0", "2", "3", "5"), sp.moments, layout=layout) as layers:
@@ -540,8 +554,8 @@ def test_each_pass_fills_anew_and_contexts_nest_and_keep_to_their_thread():
         net(torch.zeros(2, 3, 8, 8))
         with sp.collect_inputs(net, lambda name, m: name == "0") as inner:
             net(x)
-            worker = threading.Thread(target=net, args=(torch.ones(2, 3, 8, 8),))
-            worker.start(), worker.join()
+            with ThreadPoolExecutor(1) as worker:           # result() raises what a hook raised there
+                worker.submit(net, torch.ones(2, 3, 8, 8)).result()
         assert inner["0"] is x and list(inner) == ["0"]
         assert outer["0"] is x and len(outer) == 3
 
