@@ -362,8 +362,9 @@ def test_merge_is_the_statistics_of_all_rows():
     Y = F.one_hot(torch.arange(14) % 3)
     found, wanted = sp.merge(sp.moments(a, Y[:5]), sp.moments(b, Y[5:])), sp.moments(torch.cat([a, b]), Y)
     assert found.count == 14 and all(torch.allclose(x, y) for x, y in zip(found[1:], wanted[1:]))
-    partly = sp.merge(sp.moments(a), sp.moments(b, Y[5:]))                 # one side without labels: nor has the whole
-    assert torch.equal(partly.ffc, found.ffc) and partly.flc is None and partly.share is None
+    for left, right in ((None, Y[5:]), (Y[:5], None)):     # one side without labels: nor has the whole
+        partly = sp.merge(sp.moments(a, left), sp.moments(b, right))
+        assert torch.equal(partly.ffc, found.ffc) and partly.flc is None and partly.share is None
     both = torch.cat([a, b])
     assert torch.allclose(found.uncentred, both.T @ both / 14)
     assert torch.autograd.gradcheck(lambda x: sp.merge(sp.moments(a), sp.moments(x))[1:3], b.requires_grad_())
