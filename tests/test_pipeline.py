@@ -259,7 +259,8 @@ def test_few_views_are_given_an_early_teacher():
     assert [folder(*cifar, ipc) for ipc in ("1", "10", "50", "5000")] == [
         "runs/cifar10-convnet" + end for end in (
             "-epochs13-smoothing0.1", "-epochs13-smoothing0.1", "-epochs28", "")]
-    assert folder("--dataset", "cifar100", "--network", "convnet", "--ipc", "1") == "runs/cifar100-convnet-epochs13-smoothing0.1"
+    assert folder("--dataset", "cifar100", "--network", "convnet", "--ipc", "1") == (
+        "runs/cifar100-convnet-epochs13-smoothing0.1")
     assert folder("--dataset", "cifar100", "--ipc", "1") == "runs/cifar100-resnet18-epochs13"      # smoothing: not tried
     assert folder("--dataset", "cifar100", "--ipc", "10") == "runs/cifar100-resnet18-epochs41"
     assert folder(*cifar, "1", "--preset", "paper") == "runs/cifar10-convnet"
