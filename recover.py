@@ -290,7 +290,7 @@ def choose_teacher(args):
     flags = ["--dataset", args.dataset, "--network", args.network or preset["network"]]
     if args.preset == "ours" and "early" in preset:        # few views want an early, soft teacher (tests/RESULTS.md)
         epochs = min(max(13, round(preset["early"] * args.ipc**0.5)), preset["squeeze"]["epochs"])
-        flags += ["--epochs", str(epochs), *["--smoothing", "0.1"] * (epochs == 13 and flags[-1] == "convnet")]
+        flags += ["--epochs", str(epochs)] + ["--smoothing", "0.1"] * (epochs == 13 and "convnet" in flags)  # as tried
     return squeeze.teacher_folder(squeeze.parse([*flags, "--data", args.data or "data"])), flags
 
 def run(args, method, defaults, prepare=lambda job, args: None):
