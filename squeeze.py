@@ -298,7 +298,7 @@ def convnet(classes, size, width=128):
     return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(width * (size >> depth) ** 2, classes))
 
 TEACHERS = ["convnet", "resnet18", "resnet50", "resnet101"]
-STUDENTS = TEACHERS + ["densenet121", "regnet_y_8gf", "convnext_tiny"]
+STUDENTS = TEACHERS + ["mobilenet_v2", "densenet121", "regnet_y_8gf", "convnext_tiny"]
 
 def build_network(name, classes, size, precision="float32"):
     """A network with random weights, channels last. classes: K. precision: what `forward` runs it in."""
