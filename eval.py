@@ -2,7 +2,7 @@
 or look at the images (--report), or write them as PNGs (--export).
 
     python eval.py runs/toy-convnet/cfm-ipc10                              a minute on a CPU
-    python eval.py runs/toy-convnet/cfm-ipc10 runs/toy-convnet/real-ipc10  one recipe, one table
+    python eval.py runs/toy-convnet/{cfm,real}-ipc10 --resume              one recipe, one table; rows there stay
 
 Each epoch shows a student the views that relabel.py showed the teacher, to learn its soft labels (made if missing).
 Reported is the last epoch, mean and deviation over seeds, of the student averaged along the way, and of the raw one."""

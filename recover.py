@@ -50,11 +50,11 @@ def ensure(folder, stage, flags, main, resume):
         main([*flags, *["--resume"] * resume])
 
 def peak_memory(device):
-    """Peak memory of this process in MB: CUDA's counter on a GPU, the resident set on Linux, NaN elsewhere."""
+    """Peak memory of this process in MB: CUDA's counter on a GPU, the resident set where /proc tells it, else NaN."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     status = Path("/proc/self/status")                     # getrusage would count the parent's memory before exec
-    return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1e3 if status.is_file() else math.nan
+    return float([*(status.read_text() if status.is_file() else "").partition("VmHWM:")[2].split(), "nan"][0]) / 1e3
 
 def take(data, split, index):
     """Images of a split by position, under the evaluation transform: uint8 [len(index), 3, S, S]."""
@@ -185,7 +185,7 @@ def progress(job, args, b, t, found, layers):
 
 def distil(job, args):
     """Make all batches of a run, round by round. A finished one goes to the disk at once, and memory.pt says how many
-    there are and holds the EMU: a killed run goes on with the next, and memory does not grow with IPC. Returns seconds.
+    there are and holds the EMU: a killed run goes on with the next, and memory hardly grows. Returns seconds.
     job: folder, data, network, teacher (teacher.pt), index (None: noise), select, real {layer: Statistics}, and CFM."""
     chunks, device = torch.arange(len(job.data.classes)).split(args.batch), squeeze.pick_device()
     done, path = dict(b=0, layers={}, seconds=0.0), job.folder / "memory.pt"
@@ -234,7 +234,7 @@ def add_flags(parser):                                     # shared with baselin
     add("--dataset", choices=list(squeeze.PRESETS), help="default: the teacher's, or toy")
     add("--data", metavar="DIR", help="where it lies (default: where squeeze.py found it, or data)")
     add("--network", choices=squeeze.TEACHERS, help="the teacher's (default: convnet for toy, else resnet18)")
-    add("--teacher", metavar="DIR", help="the squeeze run to use (default: by squeeze's defaults, made if absent)")
+    add("--teacher", metavar="DIR", help="the squeeze run to use (default: one to suit --ipc, made if absent)")
     add("--ipc", type=number(int, 1), default=10, help="images per class (default 10)")
     add = parser.add_argument_group("how").add_argument
     add("--preset", choices=["ours", "paper"], default="ours", help="what flags left out take (default ours)")
@@ -252,7 +252,7 @@ def parse(argv):
     add = parser.add_argument_group("spectra").add_argument
     add("--alpha-max", type=number(float, 0, strict=True), help="where alpha starts, in features^2 (0.1; tiny 1)")
     add("--schedule", choices=["cosine", "linear", "constant"], default="cosine", help="of alpha (default cosine)")
-    add("--filter", choices=["cfm", "high", "low"], default="cfm", help="alpha_k (default), alpha_max / 100, low-pass")
+    add("--filter", choices=["cfm", "high", "low"], default="cfm", help="alpha_k (default), alpha_max / 100, lambda")
     add("--loss", choices=["both", "filter", "signal"], default="both", help="which of Eq. 19's two (default both)")
     add("--signal", choices=["mean", "class"], default="mean", help="FLC: mean [C] (default), or class-wise [C, K]")
     args = parser.parse_args(argv)
@@ -296,8 +296,7 @@ def choose_teacher(args):
 def run(args, method, defaults, prepare=lambda job, args: None):
     """The stage after its flags. defaults: args with no flag given. prepare(job, args) may change what is in CFM."""
     (parent, flags), device = choose_teacher(args), squeeze.pick_device()
-    squeeze.fill(args, preset_of(args))
-    squeeze.show(args)
+    squeeze.show(squeeze.fill(args, preset_of(args)))
     made = squeeze.read_config(parent, "squeeze", args.resume)["settings"] if (parent / "config.json").is_file() else {}
     args.data = args.data or made.get("data", "data")
     data = squeeze.load_data(args.dataset, args.data, *(made.get(key) for key in ("size", "classes", "validate")))
@@ -318,9 +317,10 @@ def run(args, method, defaults, prepare=lambda job, args: None):
     folder, args.precision = parent / run_name(method, args, defaults), teacher["precision"]
     job = Namespace(**CFM, folder=folder, data=data, network=network, teacher=teacher, index=index, select=select,
                     real=real)
-    prepare(job, args)                                     # refuses an unstable rate; the next line, most tiny alphas
-    if args.iterations:
-        objective(job, args)(args.ipc - 1, real)
+    prepare(job, args)                                     # refuses an unstable rate; next, an alpha too small for as
+    if args.iterations:                                    # many feature vectors as the last batch is matched with
+        n = (N if args.emu != "off" else K % args.batch or args.batch) / len(data.train.labels)
+        objective(job, args)(args.ipc - 1, {name: s._replace(count=round(n * s.count)) for name, s in real.items()})
     config = squeeze.open_run(folder, "recover", squeeze.settings(args, ("teacher",)),
                               {"data": data.sha256, **teacher_config["artefacts"]}, args.resume)
     if not config["artefacts"]:

@@ -183,7 +183,7 @@ def parse(argv):
     add("--teacher", metavar="DIR", help="the squeeze run that labels (default: the one whose spectra were matched)")
     add = parser.add_argument_group("how").add_argument
     add("--epochs", type=number(int, 1), help="of students (CIFAR 1000, or 100,000 views; toy 60; else 300)")
-    add("--scale", type=number(float, 0, 1, strict=True), help="smallest crop, share of area (CIFAR, toy 0.08; 0.5)")
+    add("--scale", type=number(float, 0, 1, strict=True), help="smallest crop, of the area (CIFAR, toy 0.08; else 0.5)")
     add("--keep-epochs", type=number(int, 1), metavar="E", help="store E epochs, students cycle through them")
     add("--top-k", type=number(int, 1), metavar="k", help="store the k largest logits (temperature 20; costs accuracy)")
     add("--batch", type=number(int, 1), default=500, help="images a forward pass (default 500)")

@@ -44,7 +44,7 @@ blocks = lambda X: map(single, X.split(max(4096, min(2**19 // X.shape[1] if X.is
 
 # ---- Features, the inputs of a frozen network's modules, and their FFC and FLC (Eq. 15-16) ---------------------------
 def is_main_convolution(name: str, module: nn.Module) -> bool:
-    """The default choice of layers: every convolution but the shortcut ("downsample") ones.
+    """The default choice of layers: every nn.Conv2d but the shortcut ("downsample") ones.
     >>> is_main_convolution("layer1.0.conv1", nn.Conv2d(3, 8, 3)), is_main_convolution("fc", nn.Linear(3, 8))
     (True, False)"""
     return isinstance(module, nn.Conv2d) and "downsample" not in name and "shortcut" not in name

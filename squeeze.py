@@ -34,7 +34,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, make_dat
 import spectral
 
 # One row a data set: what it is, then each stage's settings (paper, Tables 9-12, and the authors' code for views,
-# labels, students; ours: toy, batches of 10 of CIFAR-10's students, views, the least they see). `ours`: defaults,
+# labels, students; ours: toy, CIFAR-10's batches of 10, `views`, the fewest a student sees). `ours`: defaults,
 # measured on CIFAR only; `early`: its teacher's epochs / sqrt(IPC); batch: a student's, (N, up to N, beyond N).
 RECOVER = dict(alpha_max=0.1, iterations=1000, lr=0.1, batch=200, gamma=0.1, init="real", emu="paper")
 SMALL = dict(epochs=100, lr=0.1, wd=5e-4, batch=128, schedule="cosine", augment="crop")

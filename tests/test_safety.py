@@ -499,6 +499,29 @@ def test_out_of_memory_is_one_line_on_a_cpu_too(monkeypatch):
         squeeze.script(illegal)
 
 
+def test_an_alpha_that_the_last_batch_could_not_resolve_is_refused_first(here):
+    """The loop asks for eight times more where a batch has no more feature vectors than channels, 64 of 128 here: an
+    alpha between the two bounds in the last round was refused only there, after all the others."""
+    found = torch.load("runs/toy-convnet/statistics.pt", weights_only=True)
+    norms = {name: torch.linalg.matrix_norm(layer["ffc"]).item() for name, layer in found["layers"].items()}
+    largest = max(norm for name, norm in norms.items() if name != found["head"])
+    flags, eps = ["--ipc", 4, "--iterations", 1, "--batch", 1], torch.finfo(torch.float32).eps
+    last = (1 + math.cos(3 * math.pi / 4)) / 2             # of alpha_max, in the fourth round
+    one_line(recover.main, [*flags, "--emu", "off", "--alpha-max", 4 * eps * largest / last], "--alpha-max", "raise")
+    assert not list(Path("runs/toy-convnet").glob("cfm*"))
+    recover.main([str(flag) for flag in [*flags, "--emu", "off", "--alpha-max", 9 * eps * largest / last]])
+    recover.main([str(flag) for flag in [*flags, "--emu", "pool", "--alpha-max", 9 * eps * largest / last]])
+
+
+def test_peak_memory_is_unknown_where_proc_does_not_tell(tmp_path, monkeypatch):
+    """gVisor's /proc/self/status has no such line."""
+    (tmp_path / "status").write_text("Name:\tpython\nVmRSS:\t  123 kB\n")
+    monkeypatch.setattr(recover, "Path", lambda path: tmp_path / "status")
+    assert math.isnan(recover.peak_memory(torch.device("cpu")))
+    (tmp_path / "status").write_text("VmHWM:\t  123456 kB\nVmRSS:\t  123 kB\n")
+    assert recover.peak_memory(torch.device("cpu")) == 123.456
+
+
 def test_a_setting_of_an_older_version_is_not_overlooked(tmp_path):
     squeeze.open_run(tmp_path, "relabel", {"epochs": 3, "top_k": 2}, {}, True)
     one_line(lambda flags: squeeze.open_run(tmp_path, "relabel", {"epochs": 3}, {}, True), [], str(tmp_path),
