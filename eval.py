@@ -1,8 +1,8 @@
 """Stage 4, eval: train students on nothing but the distilled set and test them on the real test set;
 or look at the images (--report), or write them as PNGs (--export).
 
-    python eval.py runs/toy-convnet/cfm-ipc10                              a minute on a CPU
-    python eval.py runs/toy-convnet/{cfm,real}-ipc10 --resume              one recipe, one table; rows there stay
+    python eval.py runs/toy-convnet/cfm-ipc10                   a minute on a CPU
+    python eval.py runs/toy-convnet/{cfm,real}-ipc10 --resume   one table; what was done before stays
 
 Each epoch shows a student the views that relabel.py showed the teacher, to learn its soft labels (made if missing).
 Reported is the last epoch, mean and deviation over seeds, of the student averaged along the way, and of the raw one."""
