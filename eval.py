@@ -2,7 +2,7 @@
 or look at the images (--report), or write them as PNGs (--export).
 
     python eval.py runs/toy-convnet/cfm-ipc10                   a minute on a CPU
-    python eval.py runs/toy-convnet/{cfm,real}-ipc10 --resume   one table; what was done before stays
+    python eval.py runs/toy-convnet/{cfm,real}-ipc10 --resume   one table; what is done stays
 
 Each epoch shows a student the views that relabel.py showed the teacher, to learn its soft labels (made if missing).
 Reported is the last epoch, mean and deviation over seeds, of the student averaged along the way, and of the raw one."""
@@ -268,7 +268,7 @@ def parse(argv):
     parser = squeeze.Parser(__doc__)
     add = parser.add_argument_group("what").add_argument
     add("runs", nargs="+", metavar="RUN", help="folders made by recover.py, baselines.py or relabel.py --images")
-    add("--network", nargs="+", choices=STUDENTS, metavar="NET", help="the teacher's, or\n" + " ".join(STUDENTS))
+    add("--network", nargs="+", choices=STUDENTS, metavar="NET", help="the teacher's or " + "\n".join(STUDENTS))
     add("--teacher", metavar="DIR", help="whose labels students learn (default: the one whose spectra were matched)")
     add("--validate", action="store_true", help="test on images held out by squeeze.py --validate, to choose settings")
     add("--report", action="store_true", help="only compare the RUNs' images: spectra, similarity, pictures")
