@@ -1,6 +1,7 @@
 """What the tests share. They run from anywhere: the six scripts are one folder up."""
 import copy
 import functools
+import itertools
 import shutil
 import sys
 from pathlib import Path
@@ -14,16 +15,26 @@ sys.path.insert(0, str(ROOT))
 import squeeze  # noqa: E402
 
 squeeze.keep_freed_memory()
-drawn = functools.lru_cache(lambda classes: squeeze.load_toy(None, classes))
-squeeze.LOADERS["toy"] = lambda root, classes: copy.deepcopy(drawn(classes))   # drawn in a second, asked for by every stage
+
+
+@functools.lru_cache
+def drawn(classes):
+    """Toy images, drawn once. A fifth of the test images: most tests train students for a few steps and test two each."""
+    train, test, names = squeeze.load_toy(None, classes)
+    return train, squeeze.select(test, slice(None, None, 5)), names
+
+
+squeeze.LOADERS["toy"] = lambda root, classes: copy.deepcopy(drawn(classes))
 
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):
-    """A folder with runs/toy-convnet: 4 classes, one epoch, in float32 on every machine, so that digits compare."""
+    """A folder with runs/toy-convnet: 4 classes, 20 steps, in float32 on every machine, so that digits compare."""
     here = tmp_path_factory.mktemp("pipeline")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
+        few = lambda *args, whole=squeeze.training_batches: itertools.islice(whole(*args), 20)     # of 80 an epoch
+        patch.setattr(squeeze, "training_batches", few)
         squeeze.main(["--classes", "4", "--epochs", "1", "--precision", "float32"])
         made, = Path("runs").iterdir()
         made.rename("runs/toy-convnet")                    # where recover.py looks for toy's teacher

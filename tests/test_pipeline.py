@@ -273,7 +273,7 @@ def test_all_flags_of_recover_reach_the_images(here):
                   ["--init", "noise"], ["--emu", "off"], ["--emu", "paper"], ["--loss", "filter"], ["--loss", "signal"],
                   ["--seed", "1"], ["--alpha-max", "0.5"], ["--gamma", "1"], ["--lr", "0.05"], ["--batch", "3"],
                   ["--batch", "3", "--signal", "class"]):
-        recover.main([*TINY, *flags])
+        recover.main(["--iterations", "4", "--ipc", "3", *flags])
     for run in Path("runs/toy-convnet").glob("*ipc3*"):
         pixels = torch.load(run / "images.pt", weights_only=True)["images"]
         seen[pixels.numpy().tobytes()] = run
@@ -399,8 +399,8 @@ def test_a_batch_is_plain_adam_on_equation_20(here):
 
 
 def test_same_seed_same_bytes_and_a_killed_run_resumes_to_them(here, on_cpu, capsys):
-    flags = ["--ipc", "6", "--iterations", "12"]
-    run = here / "runs/toy-convnet/cfm-ipc6-iterations12"
+    flags = ["--ipc", "6", "--iterations", "6"]
+    run = here / "runs/toy-convnet/cfm-ipc6-iterations6"
     kept = []
     for make in (recover.main, lambda flags: script("recover", *flags).check_returncode()):
         make(flags)
