@@ -422,7 +422,7 @@ def test_same_seed_same_bytes_and_a_killed_run_resumes_to_them(here, on_cpu, cap
 
 def test_squeeze_resumes_to_the_same_teacher_and_recover_takes_it_along(here, monkeypatch):
     shutil.rmtree("runs")
-    train, test = (squeeze.Split(*squeeze.toy(n, 2, seed)) for n, seed in ((100, 0), (20, 1)))
+    train, test = (squeeze.Split(*squeeze.toy(n, 2, seed)) for n, seed in ((30, 0), (20, 1)))
     monkeypatch.setitem(squeeze.LOADERS, "toy", lambda root, classes: (train, test, ["a", "b"]))
     squeeze.main(["--classes", "2", "--epochs", "2", "--batch", "50"])
     assert [path.name for path in Path("runs").iterdir()] == ["toy-convnet-classes2-epochs2"]       # batch 50 is the default
