@@ -72,13 +72,11 @@ def realistic_crops(job, args, c, candidates=300, crops=5):
     grid, device = 2 if S > 64 else 1, next(job.network.parameters()).device
     d, wanted = -(-S // grid), args.ipc * grid**2
     own = rng.permutation((job.data.train.labels == c).nonzero()[:, 0].numpy())[:max(candidates, wanted)]
-    if len(own) < wanted:
-        raise BadInput(f"--ipc {args.ipc}: class {c} has {len(own)} images, {wanted} crops are needed: lower it")
     images = recover.take(job.data, job.data.train, torch.from_numpy(own)).to(device).repeat(crops, 1, 1, 1)
     boxes = recover.crop_boxes(rng.random((len(images), 4)), (0.08, 1), (1, 1)).to(device)
     views = recover.resample(images.float(), recover.crop_grid(boxes, d)).round()
     seen = F.pad(squeeze.normalise(views, teacher["mean"], teacher["std"]), 2 * ((S - d) // 2, (S - d + 1) // 2))
-    loss = torch.cat([-squeeze.forward(job.network, part).log_softmax(1)[:, c] for part in seen.split(500)])
+    loss = torch.cat([-squeeze.forward(job.network, part).log_softmax(1)[:, c] for part in seen.split(500 // grid**2)])
     best, which = loss.view(crops, -1).min(0)
     first = best.argsort(stable=True)[:wanted]
     chosen = views.view(crops, -1, 3, d, d)[which[first], first]

@@ -165,7 +165,7 @@ def starting_images(data, ipc, confidence=None):
     columns = [order[labels == c][:ipc] for c in range(len(data.classes))]
     for name, own in zip(data.classes, columns):
         if len(own) < ipc:
-            raise BadInput(f"--ipc {ipc}: class {name!r} has {len(own)} training images; use at most that many")
+            raise BadInput(f"--ipc: class {name!r} has {len(own)} training images, {ipc} are needed: lower it")
     return torch.stack(columns, 1)
 
 def progress(job, args, b, t, found, layers):
@@ -301,7 +301,8 @@ def run(args, method, defaults, prepare=lambda job, args: None):
     args.data = args.data or made.get("data", "data")
     data = squeeze.load_data(args.dataset, args.data, *(made.get(key) for key in ("size", "classes", "validate")))
     args.data = str(Path(args.data).resolve())
-    index = None if args.init == "noise" else starting_images(data, args.ipc)      # refused before a teacher is trained
+    wanted = args.ipc * (4 if args.init == "rded" and data.size > 64 else 1)        # too many: refused before training
+    index = None if args.init == "noise" else starting_images(data, wanted)
     K, N = len(data.classes), args.ipc * len(data.classes)
     print(f"plan: {args.ipc} rounds of {K} images, {args.ipc * math.ceil(K / args.batch)} batches of {args.iterations} "
           f"iterations on {device}; images {3e-6 * N * data.size**2:.1f} MB, labels {2e-6 * N * K:.2f} MB an epoch")

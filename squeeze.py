@@ -230,8 +230,8 @@ def load_data(name, root, size=None, classes=None, validate=None):
 
 def digest(split, root):
     """The hash of a split in memory; of files below root, of their names and sizes."""
-    content = split.images.numpy().tobytes() if torch.is_tensor(split.images) else "".join(
-        f"{os.path.relpath(path, root)} {os.path.getsize(path)}\n" for path in split.images).encode()
+    content = split.images.numpy().tobytes() if torch.is_tensor(split.images) else os.fsencode("".join(
+        f"{os.path.relpath(path, root)} {os.path.getsize(path)}\n" for path in split.images))
     return hashlib.sha256(split.labels.numpy().tobytes() + content).hexdigest()
 
 def read(split, transform, seed, index):

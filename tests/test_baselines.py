@@ -196,7 +196,7 @@ def test_rded_needs_no_steps_and_enough_images(here, monkeypatch):
     assert relabel.load_run("runs/toy-convnet/rded-ipc2")[0]["images"].shape == (8, 3, 32, 32)
     baselines.main(["--method", "rded", "--ipc", "2", "--seed", "1"])
     assert Path("runs/toy-convnet/rded-ipc2-seed1/images.pt").is_file()
-    one_line(baselines.main, ["--method", "rded", "--ipc", "1001"], "--ipc 1001")
+    one_line(baselines.main, ["--method", "rded", "--ipc", "1001"], "--ipc", "1001 are needed")
 
 
 @pytest.mark.parametrize("method", [name for name in baselines.METHODS if name != "rded"])
