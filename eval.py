@@ -80,14 +80,15 @@ def train_student(job, args, checkpoint):
     start = saved = time.time()
     for epoch in range(state["epoch"], args.epochs):
         loss = train_epoch(job, args, epoch, **parts)
-        if time.time() - saved > 60:
+        due = time.time() - saved > 60
+        if (due or epoch + 1 == args.epochs) and not all(weight.isfinite().all() for weight in student.parameters()):
+            raise BadInput(f"--lr {args.lr}: the student's weights are not finite: use a lower one")
+        if due:
             saved, rate = time.time(), (time.time() - start) / (epoch + 1 - state["epoch"]) / 60
             about = dict(identity=job.identity, epoch=epoch + 1, seconds=state["seconds"] + saved - start)
             squeeze.save(checkpoint, {**about, **{name: part.state_dict() for name, part in parts.items()}})
             print(f"{checkpoint.parent.name}: {args.network} seed {job.seed} epoch {epoch + 1}/{args.epochs}  "
                   f"loss {loss.item():.4f}  {(args.epochs - epoch - 1) * rate:.1f} min left", flush=True)
-    if not all(weight.isfinite().all() for weight in student.parameters()):
-        raise BadInput(f"--lr {args.lr}: the student's weights are not finite: use a lower one")
     return student, parts["average"].module, state["seconds"] + time.time() - start
 
 # ---- One row of the table: all seeds of one student network on one run -----------------------------------------------
@@ -188,7 +189,7 @@ def intra_class_similarity(network, name, content, device):
     """Mean cosine similarity of the input of the teacher's layer `name` over pairs of a class, then over classes."""
     H = []
     with spectral.collect_inputs(network, lambda n, module: n == name) as features:
-        for part in content["images"].split(500):
+        for part in content["images"].split(500 if content["images"].shape[-1] <= 64 else 64):
             network(squeeze.normalise(part.to(device), content["mean"], content["std"]))
             H.append(F.normalize(features[name].float(), dim=1).cpu())
     classes = torch.cat(H)[content["labels"].argsort(stable=True)].split(content["labels"].bincount().tolist())
@@ -268,7 +269,7 @@ def parse(argv):
     parser = squeeze.Parser(__doc__)
     add = parser.add_argument_group("what").add_argument
     add("runs", nargs="+", metavar="RUN", help="folders made by recover.py, baselines.py or relabel.py --images")
-    add("--network", nargs="+", choices=STUDENTS, metavar="NET", help="the teacher's or " + "\n".join(STUDENTS))
+    add("--network", nargs="+", choices=STUDENTS, metavar="NET", help="after RUN: teacher's or " + "\n".join(STUDENTS))
     add("--teacher", metavar="DIR", help="whose labels students learn (default: the one whose spectra were matched)")
     add("--validate", action="store_true", help="test on images held out by squeeze.py --validate, to choose settings")
     add("--report", action="store_true", help="only compare the RUNs' images: spectra, similarity, pictures")

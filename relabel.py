@@ -156,8 +156,8 @@ def import_images(parent, source):
     (_, teacher, config), present = recover.load_teacher(parent, "cpu"), squeeze.class_folders(source)
     size, pairs = teacher["size"], zip(teacher["classes"], folder_names(teacher["classes"]))
     folders = [name if name in present and folder not in present else folder for name, folder in pairs]
-    if strange := sorted(set(present) - set(folders)):
-        raise BadInput(f"--images {source}: class {strange[0]!r} is none of the teacher's in {parent}")
+    if (strange := sorted(set(present) - set(folders))[:1]) or not present:
+        raise BadInput(f"--images {source}: expected DIR/<class>/*, classes of {parent}, found {strange or 'none'}")
     files = squeeze.image_files(source, folders)
     position = torch.cat([torch.arange(n) for n in files.labels.unique_consecutive(return_counts=True)[1]])  # in class
     files = squeeze.select(files, np.lexsort((files.labels, position)))

@@ -358,7 +358,8 @@ def test_class_names_survive_the_way_out_and_back(tmp_path, monkeypatch):
     (tmp_path / "raw" / "Great White").mkdir(parents=True)               # a folder made by others: plain names do as well
     shutil.copytree("back", "raw", dirs_exist_ok=True)
     Path("raw/a%2Fb").rename("raw/not known")
-    one_line(relabel.main, [teacher, "--images", "raw"], "'not known'", "none of the teacher's")
+    one_line(relabel.main, [teacher, "--images", "raw"], "'not known'", f"expected DIR/<class>/*, classes of {teacher}")
+    one_line(relabel.main, [teacher, "--images", "nowhere"], "--images nowhere", "found none")
 
 
 def test_messages_are_one_line_whatever_they_quote(monkeypatch):
