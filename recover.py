@@ -54,7 +54,7 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     status = Path("/proc/self/status")                     # getrusage would count the parent's memory before exec
-    return float([*(status.read_text() if status.is_file() else "").partition("VmHWM:")[2].split(), "nan"][0]) / 1e3
+    return float([*(status.read_text() if status.is_file() else "").partition("VmHWM:")[2].split(), "nan"][0]) * 1024e-6
 
 def take(data, split, index):
     """Images of a split by position, under the evaluation transform: uint8 [len(index), 3, S, S]."""

@@ -519,8 +519,8 @@ def test_peak_memory_is_unknown_where_proc_does_not_tell(tmp_path, monkeypatch):
     (tmp_path / "status").write_text("Name:\tpython\nVmRSS:\t  123 kB\n")
     monkeypatch.setattr(recover, "Path", lambda path: tmp_path / "status")
     assert math.isnan(recover.peak_memory(torch.device("cpu")))
-    (tmp_path / "status").write_text("VmHWM:\t  123456 kB\nVmRSS:\t  123 kB\n")
-    assert recover.peak_memory(torch.device("cpu")) == 123.456
+    (tmp_path / "status").write_text("VmHWM:\t  125000 kB\nVmRSS:\t  123 kB\n")
+    assert recover.peak_memory(torch.device("cpu")) == pytest.approx(128)    # /proc's kB are KiB
 
 
 def test_a_setting_of_an_older_version_is_not_overlooked(tmp_path):
