@@ -200,11 +200,12 @@ def svg(path, curves, title, x_label, y_label, dashed=()):
     """{label: (x, y)} as one log-log line chart; no plotting package. dashed: labels drawn so, in the colour before."""
     curves = {label: [(x, y) for x, y in zip(*curve) if x > 0 and y > 0] for label, curve in curves.items()}
     colours = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #000000 #999999".split() * len(curves)
-    def axis(values, start, end):                          # (value -> pixel, ticks: decades, or steps within one)
+    def axis(values, start, end):                          # (value -> pixel, ticks: fewer a decade the more there are)
         low, high = math.log10(min(values)), math.log10(max(values)) + 1e-9
         steps = [m * 10.0**d for d in range(math.floor(low), math.ceil(high)) for m in range(1, 10)]
         return (lambda v: start + (end - start) * (math.log10(v) - low) / (high - low),
-                [t for t in steps if low <= math.log10(t) <= high and (high - low < 1 or f"{t:e}"[0] == "1")])
+                [t for t in steps if low <= math.log10(t) <= high
+                 and f"{t:e}"[0] in "125346789"[:max(1, 9 // math.ceil(high - low))]])
     (place_x, ticks_x), (place_y, ticks_y) = map(axis, zip(*sum(curves.values(), [])), (70, 330), (470, 40))
     out = ['<svg xmlns="http://www.w3.org/2000/svg" width="700" height="380" font-family="sans-serif" font-size="12">',
            '<rect width="700" height="380" fill="white"/><path d="M70 40V330H470" fill="none" stroke="black"/>',
@@ -218,8 +219,7 @@ def svg(path, curves, title, x_label, y_label, dashed=()):
         spots = [f"{place_x(x):.1f},{place_y(y):.1f}" for x, y in points]
         out += [f'<polyline points="{" ".join(spots)}" fill="none" stroke="{colour}" stroke-width="2"{dashes}/>',
                 f'<text x="484" y="{56 + 18 * i}" fill="{colour}">{html.escape(label)}</text>']
-        if len(spots) <= 10:                               # few points: what was measured, and what lies between
-            out += ['<circle cx="%s" cy="%s" r="4" fill="%s"/>' % (*spot.split(","), colour) for spot in spots]
+        out += ['<circle cx="%s" cy="%s" r="4" fill="%s"/>' % (*s.split(","), colour) for s in spots if len(spots) < 11]
     path.write_text("\n".join(out) + "\n</svg>\n", "utf8")
 
 def responses(name, args, layer):
