@@ -305,7 +305,7 @@ def test_export_reads_back_to_the_same_accuracy(here):
     one_line(relabel.main, ["runs/toy-convnet", "--images", "images-of-mine", "--top-k", "2"], "--top-k 2")
     relabel.main(["runs/toy-convnet", "--images", "images-of-mine", "--epochs", "1"])      # and then nothing is in the way
     one_line(evaluation.main, [run, "--export", "images-of-mine"], "--export", "not an empty folder")
-    one_line(relabel.main, ["runs/toy-convnet", "--images", "nowhere"], "nowhere: Found no valid file")
+    one_line(relabel.main, ["runs/toy-convnet", "--images", "nowhere"], "--images nowhere", "found none")
     Path("images-of-mine/zebra").mkdir()
     one_line(relabel.main, ["runs/toy-convnet", "--images", "images-of-mine"], "'zebra'")
     Path("images-of-mine/zebra").rmdir()

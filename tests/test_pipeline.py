@@ -511,7 +511,7 @@ def test_bfloat16_is_the_default_where_it_is_not_emulated(monkeypatch):
 @pytest.mark.parametrize("flags, words", [
     (["--dataset", "mnist"], ["--dataset", "mnist", "cifar10"]), (["--ipc", "0"], ["--ipc", "0", ">= 1"]),
     (["--ipc", "-3"], ["--ipc", "-3"]), (["--ipc", "ten"], ["--ipc", "ten"]),
-                                          (["--ipc", "1001"], ["--ipc 1001", "1000", "layout0-rows"]),
+                                          (["--ipc", "1001"], ["--ipc", "1000", "1001 are needed", "layout0-rows"]),
     (["--alpha-max", "0"], ["--alpha-max", "> 0"]), (["--alpha-max", "-1"], ["--alpha-max"]),
                                           (["--alpha-max", "nan"], ["--alpha-max"]),
     (["--iterations", "-1"], ["--iterations"]), (["--lr", "0"], ["--lr"]), (["--no-such-flag"], ["--no-such-flag"]),
