@@ -189,7 +189,7 @@ def intra_class_similarity(network, name, content, device):
     """Mean cosine similarity of the input of the teacher's layer `name` over pairs of a class, then over classes."""
     H = []
     with spectral.collect_inputs(network, lambda n, module: n == name) as features:
-        for part in content["images"].split(500 if content["images"].shape[-1] <= 64 else 64):
+        for part in content["images"].split(64):
             network(squeeze.normalise(part.to(device), content["mean"], content["std"]))
             H.append(F.normalize(features[name].float(), dim=1).cpu())
     classes = torch.cat(H)[content["labels"].argsort(stable=True)].split(content["labels"].bincount().tolist())

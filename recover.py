@@ -301,7 +301,7 @@ def run(args, method, defaults, prepare=lambda job, args: None):
     args.data = args.data or made.get("data", "data")
     data = squeeze.load_data(args.dataset, args.data, *(made.get(key) for key in ("size", "classes", "validate")))
     args.data = str(Path(args.data).resolve())
-    wanted = args.ipc * (4 if args.init == "rded" and data.size > 64 else 1)        # too many: refused before training
+    wanted = args.ipc * (4 if args.init == "rded" and data.size > 64 else 1)        # its crops; refused before training
     index = None if args.init == "noise" else starting_images(data, wanted)
     K, N = len(data.classes), args.ipc * len(data.classes)
     print(f"plan: {args.ipc} rounds of {K} images, {args.ipc * math.ceil(K / args.batch)} batches of {args.iterations} "
